@@ -1,0 +1,5 @@
+"""`python -m onestroke`, for torchrun."""
+
+from onestroke.cli import main
+
+main()

@@ -1,0 +1,45 @@
+"""What passes between the rooms.
+
+Shape letters: b pictures, c channels, h w height and width, n tokens, d width of a feature or embedding.
+Images are RGB in [-1, 1]; latents are scaled by the VAE's scaling factor; timesteps are integers in [0, 999].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a denoiser is told besides `x_t` and `t`."""
+
+    text: Float[Tensor, "b n d"]  # hidden states of the text encoder(s)
+    pooled: Float[Tensor, "b d"] | None = None  # SDXL: projected embedding of the second text encoder
+    time_ids: Float[Tensor, "b 6"] | None = None  # SDXL: original height, width, crop top, left, target height, width
+
+    def __getitem__(self, rows) -> Condition:
+        """The condition of some of the pictures: `rows` indexes the first axis."""
+        return Condition(
+            self.text[rows],
+            None if self.pooled is None else self.pooled[rows],
+            None if self.time_ids is None else self.time_ids[rows],
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures of one size with their captions."""
+
+    images: Float[Tensor, "b 3 h w"]  # RGB in [-1, 1]
+    captions: tuple[str, ...]
+    slots: Int[Tensor, " b"]  # global picture numbers: seeds of everything random about each picture
+    sizes: Int[Tensor, "b 4"]  # original height, width, crop top, crop left, in pixels of the scaled picture
+
+    def __len__(self) -> int:
+        return len(self.captions)
