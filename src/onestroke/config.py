@@ -1,0 +1,200 @@
+"""What a run is: frozen models of every setting, read from YAML and written back resolved.
+
+Units stand in the field's comment. Unknown keys fail and name the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from onestroke.errors import RecipeError
+
+Precision = Literal["float32", "bfloat16", "float16", "float64"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class OptimizerRecipe(_Section):
+    """Adam. ADD's paper gives neither rates nor betas: ours, between its published neighbours."""
+
+    learning_rate: float = Field(1e-6, gt=0)
+    betas: tuple[float, float] = (0.0, 0.99)  # no momentum: the other player moves
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_images: int = Field(0, ge=0)  # pictures
+    decay: Literal["constant", "cosine"] = "constant"  # cosine: to a tenth of the rate at the end of the run
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    every: int = Field(1, ge=1)  # takes part in every n-th step
+
+
+class TeacherRecipe(_Section):
+    source: str = "embedded"  # "embedded", a diffusers folder, a hub id, or one .safetensors file
+    guidance: tuple[float, float] = (3.0, 3.0)  # classifier-free guidance scale, uniform between the two; 1 is off
+    min_t: float = Field(0.02, ge=0, lt=1)  # lowest and highest teacher timestep, as shares of the schedule
+    max_t: float = Field(0.98, gt=0, le=1)
+    negative_prompt: str = "unrealistic, blurry, low quality, out of focus, ugly, low contrast"  # for nfsd
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        if self.min_t >= self.max_t or self.guidance[0] > self.guidance[1]:
+            raise ValueError("min_t has to be below max_t, and guidance [low, high]")
+        return self
+
+
+class UnetRecipe(_Section):
+    """A smaller student UNet: what differs from the teacher's config. Blocks of the same shape are copied."""
+
+    block_out_channels: tuple[int, ...] | None = None
+    layers_per_block: int | None = Field(None, ge=1)
+    transformer_layers_per_block: tuple[int, ...] | None = None
+
+
+class StudentRecipe(_Section):
+    source: str | None = None  # continue this student: a diffusers folder; None starts from the teacher
+    init: Literal["teacher", "random"] = "teacher"
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None  # None: the teacher's
+    num_timesteps: int = Field(4, ge=1, le=64)  # N of the paper
+    timestep_weights: tuple[float, ...] | None = None  # how often each is trained, noisiest first; None is uniform
+    ema_images: float = Field(20_000, gt=0)  # half-life of the weights' average, in pictures
+    unet: UnetRecipe | None = None
+    gradient_checkpointing: bool = False
+
+
+class DiscriminatorRecipe(_Section):
+    features: Literal["efficientnet-lite0", "dinov2-small", "dinov2-large"] = "efficientnet-lite0"
+    features_source: str | None = None  # a local folder or hub id in place of the network's own
+    conditioning: Literal["none", "text", "image", "both"] = "both"
+    text_encoder: str = "teacher"  # "teacher": its pooled embedding; or a CLIP text model's folder or hub id
+    image_encoder: str = "features"  # "features": the feature network's own; or dinov2-small, dinov2-large
+    image_encoder_source: str | None = None
+
+
+class LossRecipe(_Section):
+    adversarial_weight: float = Field(1.0, ge=0)
+    distill_weight: float = Field(2.5, ge=0)  # lambda
+    weighting: Literal["exponential", "sds", "nfsd"] = "exponential"  # c(t)
+    distance: Literal["pixel", "latent"] = "pixel"
+    r1_gamma: float = Field(1e-5, ge=0)
+
+
+class DataRecipe(_Section):
+    source: str = "comicset"  # "comicset" or a folder of captioned pictures or shards
+    size: int = Field(128, ge=8, le=8192)  # pixels a side
+    random_flip: bool = False
+    crop: Literal["center", "random"] = "center"
+    num_workers: int = Field(1, ge=0)
+    max_broken_share: float = Field(0.05, ge=0, le=1)
+
+
+class TrainRecipe(_Section):
+    num_images: int = Field(40_000, ge=1)  # pictures in the whole run
+    batch_size: int = Field(16, ge=1)
+    micro_batch_size: int | None = Field(None, ge=1)  # pictures at once; gradients add up to the batch
+    precision: Precision = "bfloat16"  # of autocast; weights stay float32
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    checkpoint_minutes: float = Field(4.0, gt=0)
+    keep_checkpoints: int = Field(2, ge=1)
+    sample_images: int = Field(4_000, ge=0)  # pictures between sample grids; 0 draws none
+
+
+class Recipe(_Section):
+    """A distillation run."""
+
+    name: str = "distill"
+    seed: int = Field(0, ge=0)
+    teacher: TeacherRecipe = TeacherRecipe()
+    student: StudentRecipe = StudentRecipe()
+    discriminator: DiscriminatorRecipe = DiscriminatorRecipe()
+    losses: LossRecipe = LossRecipe()
+    data: DataRecipe = DataRecipe()
+    student_optimizer: OptimizerRecipe = OptimizerRecipe()
+    discriminator_optimizer: OptimizerRecipe = OptimizerRecipe(learning_rate=1e-5)
+    train: TrainRecipe = TrainRecipe()
+
+
+def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe in the YAML file `source`, or the packaged one of that name ("mini", "sdxl-anime", "sd15").
+
+    `overrides`: "section.key=value" lines, the value in YAML. Raises `RecipeError` with the nearest known key.
+    """
+    path = Path(source)
+    packaged = files("onestroke.recipes").joinpath(f"{source}.yaml")
+    if path.is_file():
+        text = path.read_text("utf-8")
+    elif packaged.is_file():
+        text = packaged.read_text("utf-8")
+    else:
+        names = sorted(p.name[:-5] for p in files("onestroke.recipes").iterdir() if p.name.endswith(".yaml"))
+        raise RecipeError("there is no such recipe", where=str(source),
+                          fix=f"Give a YAML file or one of {', '.join(names)}.")
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise RecipeError("this is not YAML", where=str(source), fix=" ".join(str(error).split())) from error
+    return recipe_from(tree, overrides, where=str(source))
+
+
+def recipe_from(tree: Mapping[str, Any], overrides: Iterable[str] = (), *, where: str = "recipe") -> Recipe:
+    """A recipe from nested mappings and "section.key=value" overrides."""
+    if not isinstance(tree, Mapping):
+        raise RecipeError("a recipe is a mapping of sections", where=where, fix="See recipes/mini.yaml.")
+    merged = _copied(tree)
+    for line in overrides:
+        key, separator, value = line.partition("=")
+        if not separator:
+            raise RecipeError("an override has the form section.key=value", where=f"--set {line}")
+        _assign(merged, key.strip().split("."), yaml.safe_load(value), line)
+    try:
+        return Recipe.model_validate(merged)
+    except ValidationError as error:
+        raise _explained(error, where) from error
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write every setting, defaults included."""
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), "utf-8")
+
+
+def _copied(tree: Mapping) -> dict:
+    return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+
+
+def _assign(tree: dict, keys: list[str], value: Any, line: str) -> None:
+    for key in keys[:-1]:
+        if tree.get(key) is None:
+            tree[key] = {}
+        tree = tree[key]
+        if not isinstance(tree, dict):
+            raise RecipeError(f"{key!r} holds a value, not a section", where=f"--set {line}")
+    tree[keys[-1]] = value
+
+
+def _explained(error: ValidationError, where: str) -> RecipeError:
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    name = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        known = _keys_beside(path)
+        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+        fix = f"Did you mean {'.'.join([*path[:-1], near[0]])!r}?" if near else f"Known keys: {', '.join(known)}."
+        return RecipeError(f"unknown key {name!r}", where=where, fix=fix)
+    return RecipeError(f"{name} = {first['input']!r}: {first['msg']}", where=where)
+
+
+def _keys_beside(path: list[str]) -> list[str]:
+    """The known keys of the section that holds the last part of `path`."""
+    model: type[BaseModel] = Recipe
+    for part in path[:-1]:
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return sorted(model.model_fields)
