@@ -1,0 +1,168 @@
+"""Adversarial Diffusion Distillation (ADD, arXiv 2311.17042): two players, a student and the discriminator's heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from onestroke.config import OptimizerRecipe, Recipe
+from onestroke.distill.conditions import ImageEmbedder, TextEmbedder
+from onestroke.distill.discriminator import Discriminator
+from onestroke.distill.features import FeatureNetwork
+from onestroke.distill.losses import (
+    adversarial_loss,
+    distillation_loss,
+    distillation_weight,
+    hinge_loss,
+    r1_features,
+    r1_penalty,
+)
+from onestroke.distill.student import choose_timesteps
+from onestroke.distill.teacher import Target, negative_condition, noise_free_target, teacher_target, teacher_timesteps
+from onestroke.families.model import DiffusionModel
+from onestroke.randomness import normal, stratified, uniform
+from onestroke.train.method import Loss, OptimizerSettings, Player
+from onestroke.types import Batch, Condition
+
+STUDENT, DISCRIMINATOR = "student", "discriminator"
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What both players' losses are made of. Gradients flow to the student through `x0` alone."""
+
+    x0: Float[Tensor, "b c h w"]  # the student's pictures: pixels or latents, as the distance wants
+    fake: list[Tensor]  # features of the student's pictures
+    real: list[Tensor] | None  # features of the data's, if the discriminator is due
+    target: Target | None  # the teacher's pictures, in the space of `x0`, if the student is due
+    c_text: Tensor | None
+    c_img: Tensor | None
+    has_image: Bool[Tensor, " b"]  # false where the student was given pure noise
+
+
+class ADD:
+    """The method. `trained` are the students' and heads' modules; everything else stays frozen."""
+
+    def __init__(
+        self,
+        teacher: DiffusionModel,
+        student: nn.Module,
+        features: FeatureNetwork,
+        recipe: Recipe,
+    ) -> None:
+        self.model, self.recipe, self.features = teacher, recipe, features
+        self.teacher = teacher.denoiser()
+        self.student = teacher.denoiser(student, prediction_type=recipe.student.prediction_type)
+        settings = recipe.discriminator
+        device = teacher.device
+        self.embed_text = TextEmbedder(teacher, settings.text_encoder).to(device)
+        self.embed_image = ImageEmbedder(features, settings).to(device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            self.heads = Discriminator(
+                features.widths,
+                is_spatial=features.is_spatial,
+                conditioning=settings.conditioning,
+                text_dim=self.embed_text.dim,
+                image_dim=self.embed_image.dim,
+            ).to(device)
+        self.players: Mapping[str, Player] = {
+            STUDENT: _player(student, recipe.student_optimizer, ema_images=recipe.student.ema_images),
+            DISCRIMINATOR: _player(self.heads, recipe.discriminator_optimizer),
+        }
+
+    def rollout(self, batch: Batch, due: frozenset[str]) -> Rollout:
+        """One student prediction, decoded once; features and teacher target for the players that are due."""
+        model, seed, slots = self.model, self.recipe.seed, batch.slots
+        images = batch.images.to(model.device)
+        with torch.no_grad():
+            latents = model.encode_images(images)
+            condition = self._condition(batch)
+            s = choose_timesteps(uniform(seed, "s", slots), self.recipe.student, num_train_timesteps=len(model.schedule))
+            eps = normal(latents.shape[1:], seed, "eps", slots).to(latents)
+            x_s = model.schedule.student_input(latents, eps, s)
+        with torch.set_grad_enabled(STUDENT in due):
+            x0 = self.student(x_s, s.to(model.device), condition)
+            pixels = model.decode_latents(x0)
+            fake = self.features(pixels)
+        target = self._target(x0, condition, batch) if STUDENT in due and self.recipe.losses.distill_weight else None
+        with torch.no_grad():
+            real = self.features(images) if DISCRIMINATOR in due else None
+            heads = self.heads
+            c_text = self.embed_text(batch.captions, condition) if heads.uses_text else None
+            c_img = self.embed_image(images) if heads.uses_image else None
+        has_image = (s != len(model.schedule) - 1).to(model.device)
+        distance = self.recipe.losses.distance
+        return Rollout(pixels if distance == "pixel" else x0, fake, real, target, c_text, c_img, has_image)
+
+    def loss(self, player: str, rollout: Rollout) -> Loss:
+        return self._student_loss(rollout) if player == STUDENT else self._discriminator_loss(rollout)
+
+    def finish_step(self, due: frozenset[str]) -> None:
+        """Spectral norm's power iteration advances once per step of the heads, not once per forward pass."""
+        if DISCRIMINATOR in due:
+            self.heads.advance_spectral_norm()
+
+    def _condition(self, batch: Batch) -> Condition:
+        size = (batch.images.shape[-2], batch.images.shape[-1])
+        return self.model.with_sizes(self.model.encode_prompts(batch.captions), batch.sizes.to(self.model.device), size)
+
+    def _target(self, x0: Tensor, condition: Condition, batch: Batch) -> Target:
+        """The teacher's picture of the student's, in the space of the distance."""
+        recipe, seed, slots = self.recipe, self.recipe.seed, batch.slots
+        low, high = recipe.teacher.guidance
+        with torch.no_grad():
+            t = teacher_timesteps(
+                stratified(seed, "t", slots), recipe.teacher, num_train_timesteps=len(self.model.schedule)
+            ).to(x0.device)
+            eps = normal(x0.shape[1:], seed, "teacher eps", slots).to(x0)
+            scale = (low + (high - low) * uniform(seed, "guidance", slots)).to(x0)
+            blank = self.model.blank_prompts(condition)
+            if recipe.losses.weighting == "nfsd":
+                negative = negative_condition(self.model, recipe.teacher.negative_prompt, condition)
+                target = noise_free_target(self.teacher, x0, eps, t, condition, blank, negative, scale)
+            else:
+                target = teacher_target(self.teacher, x0, eps, t, condition, blank, scale)
+            if recipe.losses.distance == "pixel":
+                target = target._replace(x0=self.model.decode_latents(target.x0))
+        return target
+
+    def _student_loss(self, rollout: Rollout) -> Loss:
+        """`L_adv + lambda * L_distill` (eq. 1)."""
+        recipe = self.recipe.losses
+        logits = self.heads(rollout.fake, rollout.c_text, rollout.c_img, rollout.has_image)
+        adversarial = adversarial_loss(logits)
+        total = recipe.adversarial_weight * adversarial
+        terms = {"adversarial": adversarial.detach()}
+        if rollout.target is not None:
+            weight = distillation_weight(recipe.weighting, rollout.target.alpha_t, rollout.target.sigma_t)
+            distillation = distillation_loss(rollout.x0, rollout.target.x0, weight.flatten())
+            total = total + recipe.distill_weight * distillation
+            terms["distillation"] = distillation.detach()
+        return Loss(total, terms)
+
+    def _discriminator_loss(self, rollout: Rollout) -> Loss:
+        """Hinge loss plus R1 on each head's input features of real pictures (eq. 3)."""
+        gamma = self.recipe.losses.r1_gamma
+        real_features = r1_features(rollout.real) if gamma else rollout.real
+        conditions = (rollout.c_text, rollout.c_img, rollout.has_image)
+        real = self.heads(real_features, *conditions)
+        fake = self.heads([feature.detach() for feature in rollout.fake], *conditions)
+        hinge = hinge_loss(real, fake)
+        terms = {"hinge": hinge.detach()}
+        for k, (r, f) in enumerate(zip(real, fake, strict=True)):
+            terms |= {f"real_{k}": r.mean().detach(), f"fake_{k}": f.mean().detach()}
+            terms |= {f"real_positive_{k}": (r > 0).float().mean(), f"fake_negative_{k}": (f < 0).float().mean()}
+        if not gamma:
+            return Loss(hinge, terms)
+        penalty = r1_penalty(real, real_features, gamma=gamma)
+        return Loss(hinge + penalty, terms | {"r1": penalty.detach()})
+
+
+def _player(module: nn.Module, recipe: OptimizerRecipe, *, ema_images: float | None = None) -> Player:
+    settings = OptimizerSettings(**recipe.model_dump(exclude={"every"}))
+    return Player(module, settings, every=recipe.every, ema_images=ema_images)
