@@ -1,0 +1,99 @@
+"""`onestroke demo`: the embedded teacher becomes a few-step student while you watch."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from onestroke.api import distill
+from onestroke.build import pipeline_of
+from onestroke.commands.progress import Display
+from onestroke.commands.report import PROMPTS, print_figures
+from onestroke.config import Recipe, load_recipe
+from onestroke.embedded import GUIDANCE, TEACHER, embedded_judge
+from onestroke.embedded.comic_report import Plan, adherence_of, compare_grid, figures, machine_facts, measure
+from onestroke.evaluate.drawing import contenders
+from onestroke.evaluate.grids import grid_image
+from onestroke.evaluate.latency import PartTimer, measure_latency
+from onestroke.evaluate.plots import Chart, Series
+from onestroke.evaluate.report import Note, Report, write_report
+from onestroke.sample import make_fast
+from onestroke.train.tracking import read_metrics
+
+DEMO_IMAGES = 1000  # pictures of each set in the demo's figures
+
+
+def run_demo(out: Path, *, minutes: float, seed: int, console: Console) -> Report:
+    """Distil for `minutes`, then measure; leaves the student, logs and report.html in `out`."""
+    recipe = load_recipe("mini", [f"seed={seed}", "train.sample_images=0"])
+    console.print(f"ADD on the embedded comic pictures for {minutes:g} minutes, seed {seed}; stop with Ctrl-C, run again "
+                  "to continue.")
+    with Display(console, recipe.train.num_images, "distilling") as observe:
+        folder = distill(recipe, out, minutes=minutes, observe=observe)
+    console.print("measuring student and teacher")
+    started = time.monotonic()
+    report = demo_report(recipe, folder, out, minutes=minutes)
+    print_figures(report, console)
+    console.print(f"measured in {time.monotonic() - started:.0f} s")
+    console.print(f"\nreport: [bold]{out / 'report.html'}[/bold]\nnext:")
+    for line in (
+        f'onestroke generate "a laughing person with pink hair and round glasses" --model {folder} --steps 4 --seed 7',
+        f"onestroke demo --minutes {max(30, int(3 * minutes))} --out {out}   # goes on from here",
+        "onestroke distill --teacher YOUR_MODEL --data YOUR_PICTURES",
+    ):
+        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+    return report
+
+
+def demo_report(recipe: Recipe, student_folder: Path, out: Path, *, minutes: float) -> Report:
+    """Figures on 1,000 pictures, the grid and the latencies of a finished demo run."""
+    student, teacher = make_fast(pipeline_of(str(student_folder))), make_fast(pipeline_of(TEACHER))
+    plan = Plan(DEMO_IMAGES, GUIDANCE, teacher_steps=(1,), student_steps=(1, 4))
+    measured = measure(student, teacher, embedded_judge(), plan)
+    grid = compare_grid(student, teacher, PROMPTS, guidance=GUIDANCE)
+    timer = PartTimer()
+    latency = measure_latency(contenders(student, teacher, timer, guidance=GUIDANCE), timer, num_runs=3)
+    rows = read_metrics(out / "logs")
+    images = int(rows[-1]["images"]) if rows else 0
+    report = Report(
+        "A comic model learns to draw in one step",
+        f"{minutes:g} minutes of Adversarial Diffusion Distillation ({images:,} pictures) on this machine, from the "
+        "teacher's weights on.",
+        facts={**machine_facts(), "pictures seen": f"{images:,}", "seed": str(recipe.seed),
+               "teacher's guidance": f"{GUIDANCE:g}"},
+        recipe=(out / "recipe.yaml").read_text("utf-8"),
+        grids=(grid,),
+        figures=figures(measured),
+        latency=latency,
+        adherence={label: score.attributes for label, score in adherence_of(measured).items()},
+        charts=_charts(rows),
+        notes=(
+            Note("A short run", "This student is some minutes old; the one that ships in the package, which "
+                 "`onestroke generate` draws with, has trained longer. `onestroke report` measures that one, beside the "
+                 "teacher's 50 steps."),
+        ),
+    )
+    write_report(report, out / "report.html")
+    grid_image(grid).save(out / "grid.png")
+    return report
+
+
+def _charts(rows: list[dict[str, float]]) -> tuple[Chart, ...]:
+    """Loss curves and logits over the pictures seen."""
+
+    def series(label: str, key: str) -> Series:
+        return Series(label, tuple((row["images"], row[key]) for row in rows if key in row))
+
+    def mean(label: str, prefix: str) -> Series:
+        keys = [k for k in (rows[0] if rows else {}) if k.startswith(prefix) and k[len(prefix):].isdigit()]
+        return Series(label, tuple((row["images"], sum(row[k] for k in keys) / len(keys)) for row in rows if keys))
+
+    return (
+        Chart("Losses", (series("discriminator (hinge)", "discriminator/hinge"),
+                         series("student (adversarial)", "student/adversarial")), "loss"),
+        Chart("Distillation", (series("squared distance to the teacher", "student/distillation"),), "c(t) x squared error"),
+        Chart("The discriminator's opinion", (mean("real pictures", "discriminator/real_"),
+                                              mean("the student's", "discriminator/fake_")), "mean logit"),
+    )

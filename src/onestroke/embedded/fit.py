@@ -1,0 +1,106 @@
+"""The loop that trains the embedded VAE and judge: one network, one loss, pictures by index, exact resume."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+ImagesAt = Callable[[int], np.ndarray]  # index -> uint8 h w 3
+
+
+def stack_images(pictures: Iterable[np.ndarray]) -> Tensor:
+    """uint8 h w 3 pictures as one b 3 h w float tensor in [-1, 1], channels last in memory."""
+    stacked = torch.from_numpy(np.stack(list(pictures)))
+    return (stacked.float() / 127.5 - 1).permute(0, 3, 1, 2)  # b 3 h w
+
+
+class _Pictures(Dataset):
+    def __init__(self, images_at: ImagesAt, first: int, last: int) -> None:
+        self.images_at, self.first, self.last = images_at, first, last
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __getitem__(self, position: int):
+        return self.first + position, self.images_at(self.first + position)
+
+
+def _collate(rows):
+    return torch.tensor([index for index, _ in rows]), stack_images(picture for _, picture in rows)
+
+
+def learning_rate_at(progress: float, peak: float) -> float:
+    """Linear warm-up over the first 2%, then a cosine to 2% of the peak; `progress` in [0, 1]."""
+    if progress < 0.02:
+        return peak * max(progress, 1e-4) / 0.02
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def fit(
+    model: nn.Module,
+    loss_of: Callable[[Tensor, Tensor, torch.Generator], Tensor],
+    images_at: ImagesAt,
+    out: Path,
+    *,
+    num_images: int,
+    batch_size: int,
+    learning_rate: float,
+    weight_decay: float = 1e-4,
+    log: Callable[[str], None] = print,
+    checkpoint_every: int = 100,
+) -> nn.Module:
+    """Train `model` in place on pictures 0 .. num_images; ends with its weights averaged (EMA, decay 0.995).
+
+    `loss_of(images, indices, generator)`: images b 3 h w in [-1, 1]; the generator is seeded from the position.
+    A checkpoint in `out` is continued and ends in the same weights.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "training.pt"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay)
+    average = [parameter.detach().clone() for parameter in model.parameters()]
+    done = 0
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average, done = state["average"], state["done"]
+    loader = DataLoader(_Pictures(images_at, done, num_images - num_images % batch_size), batch_size, num_workers=1,
+                        collate_fn=_collate, prefetch_factor=8)
+    model.train()
+    started, since, running = time.monotonic(), done, 0.0
+    for step, (indices, images) in enumerate(loader, start=1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(done / num_images, learning_rate)
+        generator = torch.Generator().manual_seed(done)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(images, indices, generator)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        done += len(images)
+        decay = min(0.995, (1 + done / batch_size) / (10 + done / batch_size))
+        torch._foreach_lerp_(average, [p.detach() for p in model.parameters()], 1 - decay)
+        running = loss.item() if step == 1 else 0.98 * running + 0.02 * loss.item()
+        if step % checkpoint_every == 0:
+            rate = (done - since) / (time.monotonic() - started)
+            log(f"{done}/{num_images} pictures, loss {running:.4f}, {rate:.1f} pictures/s")
+            _save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "done": done}, path)
+    with torch.no_grad():
+        for parameter, mean in zip(model.parameters(), average, strict=True):
+            parameter.copy_(mean)
+    return model.eval()
+
+
+def _save(state: dict, path: Path) -> None:
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)

@@ -1,0 +1,59 @@
+"""Draw pictures with a diffusers pipeline: the exported student's few steps, or the guided teacher's many."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, EulerAncestralDiscreteScheduler
+from jaxtyping import UInt8
+
+from onestroke.types import PredictionType
+
+
+def student_scheduler(
+    teacher_config: Mapping, *, prediction_type: PredictionType | None = None
+) -> EulerAncestralDiscreteScheduler:
+    """The exported sampler, by SDXL-Turbo's conventions: Euler ancestral, trailing timesteps, the teacher's betas."""
+    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+    config = {key: teacher_config[key] for key in keys if teacher_config.get(key) is not None}
+    kind = prediction_type or teacher_config.get("prediction_type", "epsilon")
+    return EulerAncestralDiscreteScheduler(**config, prediction_type=kind, timestep_spacing="trailing")
+
+
+def make_fast(pipeline: DiffusionPipeline, *, dtype: torch.dtype = torch.bfloat16) -> DiffusionPipeline:
+    """The pipeline in `dtype` and channels_last, quiet; changes it in place. On 2 cores bfloat16 halves the time."""
+    pipeline.to(dtype)
+    for name in ("unet", "vae"):
+        getattr(pipeline, name).to(memory_format=torch.channels_last)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.inference_mode()
+def draw(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float,
+    size: tuple[int, int] | None = None,
+    batch_size: int = 32,
+) -> UInt8[np.ndarray, "n h w 3"]:
+    """One picture per prompt and seed; the same whatever the batch, up to the arithmetic's rounding.
+
+    `guidance` 0 or 1 asks the UNet once a step, more asks it twice. `size`: height, width in pixels.
+    """
+    extra = {} if size is None else {"height": size[0], "width": size[1]}
+    parts = []
+    for first in range(0, len(prompts), batch_size):
+        rows = slice(first, first + batch_size)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
+        images = pipeline(
+            prompt=list(prompts[rows]), num_inference_steps=steps, guidance_scale=guidance, generator=generators,
+            output_type="np", **extra,
+        ).images
+        parts.append((images * 255).round().astype(np.uint8))
+    return np.concatenate(parts)
