@@ -31,10 +31,13 @@ class Numbered:
     def __len__(self):
         return self.num_pictures
 
+    def caption(self, index):
+        return f"number {index}"
+
     def read(self, index, *, slot=None):
         if index in self.broken:
             raise BrokenPicture(f"{index}.png", "truncated")
-        return Picture(np.full((20 + index % 5, 30 - index % 7, 3), index % 256, np.uint8), f"number {index}")
+        return Picture(np.full((20 + index % 5, 30 - index % 7, 3), index % 256, np.uint8), self.caption(index))
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,11 @@ def test_the_same_slot_draws_the_same_numbers_in_batches_of_any_size():
     assert not torch.equal(fours[0].images, run(Noise(12), 0, 24, seed=1)[0].images)
 
 
+def test_each_slot_cuts_a_picture_anew():
+    pictures = {image.numpy().tobytes() for batch in run(Noise(1), 0, 80) for image in batch.images}
+    assert len(pictures) >= 15  # of 18: 20 x 30 pixels become 16 x 24, 9 places to crop, flipped or not
+
+
 def test_batches_leave_the_global_generator_alone():
     torch.manual_seed(0)
     expected = torch.rand(3)
@@ -119,6 +127,9 @@ def test_time_ids_say_where_the_crop_lies_and_a_flip_mirrors_it():
     class Ramp:
         def __len__(self):
             return 1
+
+        def caption(self, index):
+            return ""
 
         def read(self, index, *, slot=None):
             return Picture(np.ascontiguousarray(ramp), "")
@@ -224,7 +235,8 @@ def quiet(path):
 
 
 def captions_of(source):
-    return {source.entries["file"][i].as_py(): source.read(i).caption for i in range(len(source))}
+    assert [source.caption(i) for i in range(len(source))] == [source.read(i).caption for i in range(len(source))]
+    return {source.entries["file"][i].as_py(): source.caption(i) for i in range(len(source))}
 
 
 def write_metadata(folder, kind, rows):

@@ -196,8 +196,12 @@ def test_paired_bootstrap_matches_normal_theory_and_covers():
 
 def test_adherence_matches_hand_computation():
     named = [{"hair": "bun", "style": "ink"}, {"hair": "bun"}, {"hair": "bob"}, {"hair": "bob", "style": "wash"}]
-    judged = [{"hair": "bun", "style": "ink"}, {"hair": "bob", "style": "ink"},
-              {"hair": "bob", "style": "ink"}, {"hair": "bob", "style": "ink"}]
+    judged = [
+        {"hair": "bun", "style": "ink"},
+        {"hair": "bob", "style": "ink"},
+        {"hair": "bob", "style": "ink"},
+        {"hair": "bob", "style": "ink"},
+    ]
     score = adherence(named, judged)
     assert (score.attributes["hair"].named, score.attributes["hair"].found) == (4, 3)
     assert score.attributes["hair"].chance == score.attributes["style"].chance == 0.5
@@ -224,8 +228,10 @@ def test_adherence_leaves_out_attributes_of_one_value_and_takes_chance_from_the_
         adherence(named, judged)
     score = adherence(named, judged, reference=[{"hair": "bun"}, {"hair": "bob"}])
     assert score.value == pytest.approx(0)
-    both = adherence([{"hair": "bun", "hat": "cap"}, {"hair": "bob", "hat": "cap"}],
-                     [{"hair": "bun", "hat": "cap"}, {"hair": "bob", "hat": "cap"}])
+    both = adherence(
+        [{"hair": "bun", "hat": "cap"}, {"hair": "bob", "hat": "cap"}],
+        [{"hair": "bun", "hat": "cap"}, {"hair": "bob", "hat": "cap"}],
+    )
     assert both.attributes["hat"].corrected is None and both.value == pytest.approx(1)
 
 
@@ -275,7 +281,11 @@ def test_latency_takes_medians_splits_parts_and_compares_within_a_round(monkeypa
 
     rows = measure_latency([contender("teacher", 8), contender("student", 1)], timer, batch_sizes=(1, 2), num_runs=3)
     assert [(row.label, row.batch_size) for row in rows] == [
-        ("teacher", 1), ("student", 1), ("teacher", 2), ("student", 2)]
+        ("teacher", 1),
+        ("student", 1),
+        ("teacher", 2),
+        ("student", 2),
+    ]
     assert drawn[:8] == ["teacher", "student"] * 2 + ["student", "teacher"] + ["teacher", "student"]
     assert rows[0].speedup == 1
     assert rows[1].speedup == pytest.approx(8.75 / 1.75)

@@ -96,7 +96,7 @@ def test_everything_a_user_wrote_is_escaped():
     page = Page(html)
     assert "<script" not in html
     assert page.text.count(NASTY) >= 15  # read back, it is what was written
-    assert {tag for tag in page.tags} == {tag for tag in Page(report_html(full_report())).tags}
+    assert set(page.tags) == set(Page(report_html(full_report())).tags)
 
 
 def test_pictures_on_the_page_are_the_pictures_given():
@@ -231,8 +231,12 @@ def test_figures_choose_a_scale_with_room_for_all_they_show():
 
 @pytest.mark.parametrize(
     ("low", "high", "ticks"),
-    [(0, 10, [0, 2, 4, 6, 8, 10]), (0, 16_000, [0, 5000, 10000, 15000, 20000]), (-0.3, 0.1, [-0.3, -0.2, -0.1, 0, 0.1]),
-     (3, 3, [2.6, 2.8, 3.0, 3.2, 3.4])],
+    [
+        (0, 10, [0, 2, 4, 6, 8, 10]),
+        (0, 16_000, [0, 5000, 10000, 15000, 20000]),
+        (-0.3, 0.1, [-0.3, -0.2, -0.1, 0, 0.1]),
+        (3, 3, [2.6, 2.8, 3.0, 3.2, 3.4]),
+    ],
 )
 def test_linear_ticks_are_round_and_cover(low, high, ticks):
     assert linear_ticks(low, high, 5) == pytest.approx(ticks)
@@ -246,7 +250,14 @@ def test_log_ticks_are_round_and_cover():
 
 def test_numbers_are_written_for_readers():
     assert [figure_value(v) for v in (0, 0.01234, 1.005, 12.34, 366.2, 12345.6, -2.5)] == [
-        "0", "0.0123", "1.00", "12.3", "366", "12,346", "−2.50"]
+        "0",
+        "0.0123",
+        "1.00",
+        "12.3",
+        "366",
+        "12,346",
+        "−2.50",
+    ]
     assert figure_value(9.999) == "10.0"
     assert figure_value(0.8754, "percent") == "87.5%"
     assert [figure_value(v, "points") for v in (-0.014, 0.002, -0.0001)] == ["−1.4 points", "+0.2 points", "0.0 points"]

@@ -58,16 +58,29 @@ def distill(
 
     def batches_from(first_slot: int):
         return batches(
-            source, batch_size=settings.batch_size, size=size, first_slot=first_slot, last_slot=settings.num_images,
-            seed=recipe.seed, random_flip=recipe.data.random_flip, crop=recipe.data.crop,
+            source,
+            batch_size=settings.batch_size,
+            size=size,
+            first_slot=first_slot,
+            last_slot=settings.num_images,
+            seed=recipe.seed,
+            random_flip=recipe.data.random_flip,
+            crop=recipe.data.crop,
             num_workers=recipe.data.num_workers,
         )
 
     painter = SamplePainter(teacher, trainer, recipe, [source.caption(index) for index in range(min(4, len(source)))])
     run_training(
-        trainer, batches_from, out, recipe_text=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False),
-        minutes=minutes, checkpoint_minutes=settings.checkpoint_minutes, keep_checkpoints=settings.keep_checkpoints,
-        observe=observe, on_samples=painter, sample_images=settings.sample_images,
+        trainer,
+        batches_from,
+        out,
+        recipe_text=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False),
+        minutes=minutes,
+        checkpoint_minutes=settings.checkpoint_minutes,
+        keep_checkpoints=settings.keep_checkpoints,
+        observe=observe,
+        on_samples=painter,
+        sample_images=settings.sample_images,
     )
     return export_student(trainer, teacher, recipe, out / "student")
 

@@ -13,7 +13,9 @@ from onestroke.errors import OnestrokeError
 
 app = typer.Typer(
     help="Distil a text-to-image model into one that draws in 1 to 4 steps; measure it; draw with it.",
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
 )
 bench = typer.Typer(help="Timings, each a command.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
@@ -38,7 +40,9 @@ def demo(
 
 @app.command()
 def distill(
-    recipe: Annotated[str | None, typer.Argument(help="A recipe file, or a packaged name: mini, sdxl-anime, sd15.")] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(help="A recipe file, or a packaged name: mini, sdxl-anime, sd15.")
+    ] = None,
     teacher: Annotated[str | None, typer.Option(help="A diffusers folder, hub id or .safetensors checkpoint.")] = None,
     student: Annotated[str | None, typer.Option(help="Continue this student: a diffusers folder.")] = None,
     data: Annotated[str | None, typer.Option(help="A folder of captioned pictures.")] = None,
@@ -100,8 +104,15 @@ def comicset(
 
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("comicset", total=count)
-        folder = write_comicset(out, count=count, split=split, size=size, seed=seed, layout=layout,
-                                on_progress=lambda done, total: progress.update(task, completed=done))
+        folder = write_comicset(
+            out,
+            count=count,
+            split=split,
+            size=size,
+            seed=seed,
+            layout=layout,
+            on_progress=lambda done, total: progress.update(task, completed=done),
+        )
     console.print(f"{count} pictures of the {split} split in {folder}")
 
 
@@ -169,8 +180,11 @@ def main() -> None:
             error.show()
             sys.exit(error.exit_code)
         if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
-            print("onestroke: the device has no room. Lower train.micro_batch_size or data.size, or set "
-                  "student.gradient_checkpointing=true.", file=sys.stderr)
+            print(
+                "onestroke: the device has no room. Lower train.micro_batch_size or data.size, or set "
+                "student.gradient_checkpointing=true.",
+                file=sys.stderr,
+            )
             sys.exit(1)
         raise
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from onestroke.errors import RecipeError
 
@@ -34,6 +34,13 @@ class OptimizerRecipe(_Section):
     decay: Literal["constant", "cosine"] = "constant"  # cosine: to a tenth of the rate at the end of the run
     max_grad_norm: float | None = Field(1.0, gt=0)
     every: int = Field(1, ge=1)  # takes part in every n-th step
+
+    @field_validator("betas")
+    @classmethod
+    def _below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("each beta has to be at least 0 and below 1")
+        return betas
 
 
 class TeacherRecipe(_Section):
@@ -67,6 +74,13 @@ class StudentRecipe(_Section):
     ema_images: float = Field(20_000, gt=0)  # half-life of the weights' average, in pictures
     unet: UnetRecipe | None = None
     gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _one_weight_a_timestep(self):
+        weights = self.timestep_weights
+        if weights is not None and (len(weights) != self.num_timesteps or min(weights) < 0 or sum(weights) <= 0):
+            raise ValueError("timestep_weights has to hold one number per timestep, none negative, not all zero")
+        return self
 
 
 class DiscriminatorRecipe(_Section):
@@ -105,6 +119,12 @@ class TrainRecipe(_Section):
     keep_checkpoints: int = Field(2, ge=1)
     sample_images: int = Field(4_000, ge=0)  # pictures between sample grids; 0 draws none
 
+    @model_validator(mode="after")
+    def _one_step_at_least(self):
+        if self.num_images < self.batch_size:
+            raise ValueError("num_images has to be at least batch_size, or no step is taken")
+        return self
+
 
 class Recipe(_Section):
     """A distillation run."""
@@ -134,8 +154,9 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         text = packaged.read_text("utf-8")
     else:
         names = sorted(p.name[:-5] for p in files("onestroke.recipes").iterdir() if p.name.endswith(".yaml"))
-        raise RecipeError("there is no such recipe", where=str(source),
-                          fix=f"Give a YAML file or one of {', '.join(names)}.")
+        raise RecipeError(
+            "there is no such recipe", where=str(source), fix=f"Give a YAML file or one of {', '.join(names)}."
+        )
     try:
         tree = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
@@ -152,7 +173,10 @@ def recipe_from(tree: Mapping[str, Any], overrides: Iterable[str] = (), *, where
         key, separator, value = line.partition("=")
         if not separator:
             raise RecipeError("an override has the form section.key=value", where=f"--set {line}")
-        _assign(merged, key.strip().split("."), yaml.safe_load(value), line)
+        try:
+            _assign(merged, key.strip().split("."), yaml.safe_load(value), line)
+        except yaml.YAMLError as error:
+            raise RecipeError("the value is not YAML", where=f"--set {line}", fix="Quote it.") from error
     try:
         return Recipe.model_validate(merged)
     except ValidationError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from safetensors import SafetensorError
 
 from onestroke.errors import ResourceError
 from onestroke.families.load import FAMILIES
@@ -45,7 +46,7 @@ def export_folder(
     try:
         _saved_as(pipeline, dtype, temporary)
         (temporary / "README.md").write_text(card or "# onestroke student\n", "utf-8")
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise ResourceError("the student could not be written", where=str(out), fix="Free disk space.") from error
     old = out.with_name(f".{out.name}.old")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, EulerAncestralDiscreteScheduler
+from diffusers import DDPMScheduler, DiffusionPipeline, EulerAncestralDiscreteScheduler
 from jaxtyping import UInt8
 
 from onestroke.types import PredictionType
@@ -14,11 +14,21 @@ from onestroke.types import PredictionType
 
 def student_scheduler(
     teacher_config: Mapping, *, prediction_type: PredictionType | None = None
-) -> EulerAncestralDiscreteScheduler:
-    """The exported sampler, by SDXL-Turbo's conventions: Euler ancestral, trailing timesteps, the teacher's betas."""
-    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+) -> EulerAncestralDiscreteScheduler | DDPMScheduler:
+    """The exported sampler, by SDXL-Turbo's conventions: Euler ancestral, trailing timesteps, the teacher's betas.
+
+    `prediction_type`: the student's, if not the teacher's. The betas are rescaled where `NoiseSchedule` rescales them:
+    as the config says, but never for a teacher that predicts epsilon, whose x0 would be multiplied by 4096.
+    diffusers' Euler ancestral sampler cannot read "sample"; DDPM on the same timesteps is the same sampler (the
+    posterior's variance in both), but that its first input is eps where ours is sigma_T eps (0.9977 for SDXL).
+    """
+    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
     config = {key: teacher_config[key] for key in keys if teacher_config.get(key) is not None}
-    kind = prediction_type or teacher_config.get("prediction_type", "epsilon")
+    teacher_kind = teacher_config.get("prediction_type", "epsilon")
+    config["rescale_betas_zero_snr"] = bool(teacher_config.get("rescale_betas_zero_snr")) and teacher_kind != "epsilon"
+    kind = prediction_type or teacher_kind
+    if kind == "sample":
+        return DDPMScheduler(**config, prediction_type=kind, timestep_spacing="trailing", clip_sample=False)
     return EulerAncestralDiscreteScheduler(**config, prediction_type=kind, timestep_spacing="trailing")
 
 
@@ -52,8 +62,12 @@ def draw(
         rows = slice(first, first + batch_size)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
         images = pipeline(
-            prompt=list(prompts[rows]), num_inference_steps=steps, guidance_scale=guidance, generator=generators,
-            output_type="np", **extra,
+            prompt=list(prompts[rows]),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=generators,
+            output_type="np",
+            **extra,
         ).images
         parts.append((images * 255).round().astype(np.uint8))
     return np.concatenate(parts)

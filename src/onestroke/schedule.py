@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
@@ -24,9 +25,10 @@ def student_timesteps(num_steps: int, *, num_train_timesteps: int = 1000) -> tup
     """The timesteps that a student draws at, noisiest first: diffusers' `timestep_spacing="trailing"`.
 
     4 steps of 1000: 999, 749, 499, 249. They never include 0, and the first is always the last training timestep.
+    Computed as diffusers does: halves (48 steps) would else round to another neighbour.
     """
-    stride = num_train_timesteps / num_steps
-    return tuple(round(num_train_timesteps - i * stride) - 1 for i in range(num_steps))
+    steps = np.arange(num_train_timesteps, 0, -num_train_timesteps / num_steps).round() - 1
+    return tuple(int(step) for step in steps[:num_steps])
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class NoiseSchedule:
         """
         kind = prediction_type or config.get("prediction_type", "epsilon")
         if kind not in PREDICTION_TYPES:
-            raise ModelError(f"prediction type {kind!r} is not supported", fix=f"Use one of {', '.join(PREDICTION_TYPES)}.")
+            raise ModelError(f"prediction type {kind!r} is not supported",
+                             fix=f"Use one of {', '.join(PREDICTION_TYPES)}.")
         alphas_cumprod = torch.cumprod(1 - _betas(config), 0)
         if config.get("rescale_betas_zero_snr") and kind != "epsilon":
             alphas_cumprod = _zero_terminal_snr(alphas_cumprod)
@@ -52,6 +55,11 @@ class NoiseSchedule:
 
     def __len__(self) -> int:
         return len(self.alphas_cumprod)
+
+    @property
+    def ends_in_pure_noise(self) -> bool:
+        """Zero terminal SNR: at the last timestep `x_t` holds no signal, and no noise prediction tells `x0`."""
+        return self.alphas_cumprod[-1].item() == 0
 
     def rates(self, t: Int[Tensor, " b"], like: Tensor) -> tuple[Tensor, Tensor]:
         """`alpha_t` and `sigma_t`, shaped b 1 1 1, in the dtype (float32 at least) and device of `like`."""
@@ -76,11 +84,12 @@ class NoiseSchedule:
     def to_x0(self, output: Tensor, x_t: Tensor, t: Int[Tensor, " b"], kind: PredictionType) -> Tensor:
         """Read a network's output as a prediction of `x0`, in float32 at least."""
         alpha, sigma = self.rates(t, x_t)
+        output = exact(output)
         if kind == "epsilon":
             return (x_t - sigma * output) / alpha
         if kind == "v_prediction":
             return alpha * x_t - sigma * output
-        return output.to(alpha.dtype)
+        return output
 
     def from_x0(self, x0: Tensor, x_t: Tensor, t: Int[Tensor, " b"], kind: PredictionType) -> Tensor:
         """The output a network would give for the prediction `x0`: `to_x0` the other way round (sigma_t > 0)."""
@@ -97,12 +106,20 @@ class NoiseSchedule:
         return {"epsilon": eps, "v_prediction": alpha * eps - sigma * x0, "sample": x0}[kind]
 
 
+def exact(x: Tensor) -> Tensor:
+    """`x` in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _betas(config: Mapping) -> Tensor:
     count = config.get("num_train_timesteps", 1000)
     if config.get("trained_betas") is not None:
         return torch.tensor(config["trained_betas"], dtype=torch.float64)
-    start, end = config.get("beta_start", 0.00085), config.get("beta_end", 0.012)
-    shape = config.get("beta_schedule", "scaled_linear")
+    shape = config.get("beta_schedule")
+    if shape is None:  # a flow or EDM model: no default fits
+        raise ModelError("this scheduler has no beta schedule", where="scheduler_config.json",
+                         fix="Use a model with the noise schedule of SDXL or SD 1.x/2.x.")
+    start, end = config["beta_start"], config["beta_end"]
     if shape == "scaled_linear":
         return torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64).square()
     if shape == "linear":

@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTokenizer
@@ -51,8 +52,9 @@ def save_single_file(
     tensors = {key: _cast(tensor, dtype, key) for key, tensor in checkpoint_tensors(pipeline).items()}
     try:
         _write_atomically(tensors | _markers(pipeline), path, notes)
-    except OSError as error:
-        raise ResourceError(f"the checkpoint cannot be written ({error.strerror or error})", where=str(path),
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ResourceError(f"the checkpoint cannot be written ({reason})", where=str(path),
                             fix="Free disk space or choose another folder.") from error
     return path
 

@@ -28,8 +28,10 @@ DEMO_IMAGES = 1000  # pictures of each set in the demo's figures
 def run_demo(out: Path, *, minutes: float, seed: int, console: Console) -> Report:
     """Distil for `minutes`, then measure; leaves the student, logs and report.html in `out`."""
     recipe = load_recipe("mini", [f"seed={seed}", "train.sample_images=0"])
-    console.print(f"ADD on the embedded comic pictures for {minutes:g} minutes, seed {seed}; stop with Ctrl-C, run again "
-                  "to continue.")
+    console.print(
+        f"ADD on the embedded comic pictures for {minutes:g} minutes, seed {seed}; stop with Ctrl-C, run again "
+        "to continue."
+    )
     with Display(console, recipe.train.num_images, "distilling") as observe:
         folder = distill(recipe, out, minutes=minutes, observe=observe)
     console.print("measuring student and teacher")
@@ -61,8 +63,12 @@ def demo_report(recipe: Recipe, student_folder: Path, out: Path, *, minutes: flo
         "A comic model learns to draw in one step",
         f"{minutes:g} minutes of Adversarial Diffusion Distillation ({images:,} pictures) on this machine, from the "
         "teacher's weights on.",
-        facts={**machine_facts(), "pictures seen": f"{images:,}", "seed": str(recipe.seed),
-               "teacher's guidance": f"{GUIDANCE:g}"},
+        facts={
+            **machine_facts(),
+            "pictures seen": f"{images:,}",
+            "seed": str(recipe.seed),
+            "teacher's guidance": f"{GUIDANCE:g}",
+        },
         recipe=(out / "recipe.yaml").read_text("utf-8"),
         grids=(grid,),
         figures=figures(measured),
@@ -70,9 +76,12 @@ def demo_report(recipe: Recipe, student_folder: Path, out: Path, *, minutes: flo
         adherence={label: score.attributes for label, score in adherence_of(measured).items()},
         charts=_charts(rows),
         notes=(
-            Note("A short run", "This student is some minutes old; the one that ships in the package, which "
-                 "`onestroke generate` draws with, has trained longer. `onestroke report` measures that one, beside the "
-                 "teacher's 50 steps."),
+            Note(
+                "A short run",
+                "This student is some minutes old; the one that ships in the package, which "
+                "`onestroke generate` draws with, has trained longer. `onestroke report` measures that one, beside the "
+                "teacher's 50 steps.",
+            ),
         ),
     )
     write_report(report, out / "report.html")
@@ -87,13 +96,24 @@ def _charts(rows: list[dict[str, float]]) -> tuple[Chart, ...]:
         return Series(label, tuple((row["images"], row[key]) for row in rows if key in row))
 
     def mean(label: str, prefix: str) -> Series:
-        keys = [k for k in (rows[0] if rows else {}) if k.startswith(prefix) and k[len(prefix):].isdigit()]
+        keys = [k for k in (rows[0] if rows else {}) if k.startswith(prefix) and k[len(prefix) :].isdigit()]
         return Series(label, tuple((row["images"], sum(row[k] for k in keys) / len(keys)) for row in rows if keys))
 
     return (
-        Chart("Losses", (series("discriminator (hinge)", "discriminator/hinge"),
-                         series("student (adversarial)", "student/adversarial")), "loss"),
-        Chart("Distillation", (series("squared distance to the teacher", "student/distillation"),), "c(t) x squared error"),
-        Chart("The discriminator's opinion", (mean("real pictures", "discriminator/real_"),
-                                              mean("the student's", "discriminator/fake_")), "mean logit"),
+        Chart(
+            "Losses",
+            (
+                series("discriminator (hinge)", "discriminator/hinge"),
+                series("student (adversarial)", "student/adversarial"),
+            ),
+            "loss",
+        ),
+        Chart(
+            "Distillation", (series("squared distance to the teacher", "student/distillation"),), "c(t) x squared error"
+        ),
+        Chart(
+            "The discriminator's opinion",
+            (mean("real pictures", "discriminator/real_"), mean("the student's", "discriminator/fake_")),
+            "mean logit",
+        ),
     )

@@ -62,15 +62,22 @@ def run_report(
         f"{student} beside {teacher}",
         f"A student that draws in 1 to 4 steps against its {max(plan.teacher_steps)}-step teacher, on {num_images} "
         "held-out prompts.",
-        facts={**machine_facts(), "prompts and pictures": f"{num_images} held-out", "teacher's guidance": f"{guidance:g}"},
+        facts={
+            **machine_facts(),
+            "prompts and pictures": f"{num_images} held-out",
+            "teacher's guidance": f"{guidance:g}",
+        },
         grids=(grid,),
         figures=figures(measured),
         latency=latency,
         adherence={label: score.attributes for label, score in scores.items()},
         notes=(
-            Note("What the judge is", "A small network trained on the embedded pictures alone. It names attributes, and "
-                 "its features carry the distances. The discriminator never sees it. Its own mistakes count against "
-                 "every set alike: the row of real pictures shows them."),
+            Note(
+                "What the judge is",
+                "A small network trained on the embedded pictures alone. It names attributes, and "
+                "its features carry the distances. The discriminator never sees it. Its own mistakes count against "
+                "every set alike: the row of real pictures shows them.",
+            ),
         ),
     )
     write_report(report, out / "report.html")
@@ -87,8 +94,13 @@ def print_figures(report: Report, console: Console) -> None:
         for reading in figure.readings:
             interval = "" if reading.low is None else f"  [{reading.low:.4g}, {reading.high:.4g}]"
             marks = "; ".join(f"{t.name}: {'met' if t.met(reading.value) else 'not met'}" for t in reading.targets)
-            console.print(f"  {reading.label:<28} {reading.value:.4g}{interval}  {marks}", markup=False, highlight=False)
+            console.print(
+                f"  {reading.label:<28} {reading.value:.4g}{interval}  {marks}", markup=False, highlight=False
+            )
     for row in report.latency:
         parts = ", ".join(f"{name} {1000 * value:.1f}" for name, value in row.parts.items())
-        console.print(f"  {row.label:<28} batch {row.batch_size}: {1000 * row.total:.1f} ms ({parts}); "
-                      f"{row.speedup:.1f}x", markup=False, highlight=False)
+        console.print(
+            f"  {row.label:<28} batch {row.batch_size}: {1000 * row.total:.1f} ms ({parts}); {row.speedup:.1f}x",
+            markup=False,
+            highlight=False,
+        )

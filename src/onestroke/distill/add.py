@@ -82,7 +82,8 @@ class ADD:
         with torch.no_grad():
             latents = model.encode_images(images)
             condition = self._condition(batch)
-            s = choose_timesteps(uniform(seed, "s", slots), self.recipe.student, num_train_timesteps=len(model.schedule))
+            fractions = uniform(seed, "s", slots)
+            s = choose_timesteps(fractions, self.recipe.student, num_train_timesteps=len(model.schedule))
             eps = normal(latents.shape[1:], seed, "eps", slots).to(latents)
             x_s = model.schedule.student_input(latents, eps, s)
         with torch.set_grad_enabled(STUDENT in due):
@@ -120,7 +121,8 @@ class ADD:
                 stratified(seed, "t", slots), recipe.teacher, num_train_timesteps=len(self.model.schedule)
             ).to(x0.device)
             eps = normal(x0.shape[1:], seed, "teacher eps", slots).to(x0)
-            scale = (low + (high - low) * uniform(seed, "guidance", slots)).to(x0)
+            is_guided = (low, high) != (1, 1)
+            scale = (low + (high - low) * uniform(seed, "guidance", slots)).to(x0) if is_guided else 1.0
             blank = self.model.blank_prompts(condition)
             if recipe.losses.weighting == "nfsd":
                 negative = negative_condition(self.model, recipe.teacher.negative_prompt, condition)

@@ -57,8 +57,11 @@ def _load_clip(source: str):
         encoder = CLIPTextModelWithProjection.from_pretrained(source, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # transformers, safetensors and the hub each raise their own kinds
-        raise ModelError(f"the CLIP text model cannot be loaded ({type(error).__name__})", where=source,
-                         fix='Download it first, or set discriminator.text_encoder to "teacher".') from error
+        raise ModelError(
+            f"the CLIP text model cannot be loaded ({type(error).__name__})",
+            where=source,
+            fix='Download it first, or set discriminator.text_encoder to "teacher".',
+        ) from error
     if tokenizer.model_max_length > 512:  # some tokenizer files leave the length out
         tokenizer.model_max_length = encoder.config.max_position_embeddings
     return encoder.requires_grad_(False).eval(), tokenizer

@@ -18,7 +18,7 @@ from onestroke.schedule import student_timesteps
 def build_student(teacher: DiffusionModel, recipe: StudentRecipe, *, seed: int) -> UNet2DConditionModel:
     """A trainable UNet in float32, initialised as the recipe says (ADD, table 1c: from the teacher)."""
     if recipe.source is not None:
-        unet = _continued(teacher, recipe.source)
+        unet = _continued(teacher, recipe)
     elif recipe.unet is None and recipe.init == "teacher":
         unet = deepcopy(teacher.unet)
     else:
@@ -43,11 +43,21 @@ def copy_matching(source: nn.Module, target: nn.Module) -> int:
     return len(matching)
 
 
-def _continued(teacher: DiffusionModel, source: str) -> UNet2DConditionModel:
+def _continued(teacher: DiffusionModel, recipe: StudentRecipe) -> UNet2DConditionModel:
+    source = str(recipe.source)
     student = load_model(source)
+    if student.prediction_type != (recipe.prediction_type or teacher.prediction_type):
+        raise ModelError(
+            f"this student predicts {student.prediction_type}",
+            where=source,
+            fix=f"Set student.prediction_type to {student.prediction_type}.",
+        )
     if student.unet.config.cross_attention_dim != teacher.unet.config.cross_attention_dim:
-        raise ModelError("this student reads other text embeddings than the teacher", where=source,
-                         fix="Continue a student of the same teacher.")
+        raise ModelError(
+            "this student reads other text embeddings than the teacher",
+            where=source,
+            fix="Continue a student of the same teacher.",
+        )
     return student.unet
 
 
@@ -59,8 +69,11 @@ def _built(teacher: DiffusionModel, changes: dict, *, seed: int) -> UNet2DCondit
         config = {key: value for key, value in teacher.unet.config.items() if not key.startswith("_")}
         return UNet2DConditionModel.from_config(config | changes)
     except (ValueError, IndexError, TypeError) as error:
-        raise ModelError(f"no UNet can be built like this ({error})", where="student.unet",
-                         fix="Give one entry per block, as in the teacher's unet/config.json.") from error
+        raise ModelError(
+            f"no UNet can be built like this ({error})",
+            where="student.unet",
+            fix="Give one entry per block, as in the teacher's unet/config.json.",
+        ) from error
     finally:
         torch.set_rng_state(state)
 

@@ -36,12 +36,15 @@ def teacher_target(
     t: Int[Tensor, " b"],
     condition: Condition,
     blank: Condition,
-    scale: Float[Tensor, " b"],
+    scale: Float[Tensor, " b"] | float,
 ) -> Target:
-    """One teacher evaluation with classifier-free guidance `scale` (one suffices: table 1f); carries no gradient."""
+    """One teacher evaluation with classifier-free guidance `scale` (one suffices: table 1f); carries no gradient.
+
+    The number 1 is unguided, and asks the teacher for half as much as a tensor of ones.
+    """
     schedule = teacher.schedule
     x_t = schedule.add_noise(x0_student.detach(), eps, t)
-    x0 = guided(teacher, x_t, t, condition, blank, scale.view(-1, 1, 1, 1).to(x_t))
+    x0 = guided(teacher, x_t, t, condition, blank, _per_picture(scale, x_t))
     return Target(x0, *schedule.rates(t, x_t))
 
 
@@ -54,16 +57,19 @@ def noise_free_target(
     condition: Condition,
     blank: Condition,
     negative: Condition,
-    scale: Float[Tensor, " b"],
+    scale: Float[Tensor, " b"] | float,
 ) -> Target:
     """As `teacher_target`, by noise-free score distillation (arXiv 2310.17590)."""
     schedule = teacher.schedule
     x_t = schedule.add_noise(x0_student.detach(), eps, t)
-    predictions = [
-        schedule.from_x0(teacher(x_t, t, c), x_t, t, "epsilon") for c in (condition, blank, negative)
-    ]
+    predictions = [schedule.from_x0(teacher(x_t, t, c), x_t, t, "epsilon") for c in (condition, blank, negative)]
     alpha, sigma = schedule.rates(t, x_t)
-    return Target(nfsd_target(x0_student, *predictions, t, alpha, sigma, scale=scale.view(-1, 1, 1, 1).to(x_t)), alpha, sigma)
+    x0 = nfsd_target(x0_student, *predictions, t, alpha, sigma, scale=_per_picture(scale, x_t))
+    return Target(x0, alpha, sigma)
+
+
+def _per_picture(scale: Tensor | float, like: Tensor) -> Tensor | float:
+    return scale.view(-1, 1, 1, 1).to(like) if isinstance(scale, Tensor) else scale
 
 
 def negative_condition(model: DiffusionModel, prompt: str, like: Condition) -> Condition:

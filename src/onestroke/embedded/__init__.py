@@ -24,7 +24,9 @@ def weights_folder() -> Path:
 
 def embedded_teacher(*, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
     """The guided many-step model of 128 px comic characters."""
-    return StableDiffusionXLPipeline.from_pretrained(weights_folder() / "teacher", torch_dtype=dtype, local_files_only=True)
+    return StableDiffusionXLPipeline.from_pretrained(
+        weights_folder() / "teacher", torch_dtype=dtype, local_files_only=True
+    )
 
 
 def embedded_student(*, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:

@@ -95,6 +95,13 @@ def build_pipeline(vae: AutoencoderKL, captions: Iterable[str], *, seed: int = 0
     second = CLIPTextModelWithProjection(_text_config(WIDTHS[1], tokenizer, activation="gelu"))
     unet = build_unet(vae.config.latent_channels)
     return StableDiffusionXLPipeline(
-        vae, first, second, tokenizer, tokenizer, unet, EulerDiscreteScheduler(**SCHEDULER),
-        force_zeros_for_empty_prompt=True, add_watermarker=False,
+        vae,
+        first,
+        second,
+        tokenizer,
+        tokenizer,
+        unet,
+        EulerDiscreteScheduler(**SCHEDULER),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
     )

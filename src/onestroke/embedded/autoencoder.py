@@ -49,7 +49,9 @@ def autoencoder_loss(vae: AutoencoderKL, images: Tensor, noise: Tensor, *, kl_we
     return error.abs().mean() + error.square().mean() + kl_weight * divergence
 
 
-def train_autoencoder(out: Path, images_at, recipe: AutoencoderRecipe = AutoencoderRecipe(), *, log=print) -> AutoencoderKL:
+def train_autoencoder(
+    out: Path, images_at, recipe: AutoencoderRecipe = AutoencoderRecipe(), *, log=print
+) -> AutoencoderKL:
     """Train on `images_at(index) -> uint8 h w 3`; resumes from the checkpoint in `out`. Sets `scaling_factor`."""
     torch.manual_seed(0)
     vae = build_autoencoder().to(memory_format=torch.channels_last)
@@ -59,8 +61,16 @@ def train_autoencoder(out: Path, images_at, recipe: AutoencoderRecipe = Autoenco
         noise = torch.randn(len(images), LATENT_CHANNELS, side, side, generator=generator)
         return autoencoder_loss(vae, images, noise, kl_weight=recipe.kl_weight)
 
-    fit(vae, loss, images_at, out, num_images=recipe.num_images, batch_size=recipe.batch_size,
-        learning_rate=recipe.learning_rate, log=log)
+    fit(
+        vae,
+        loss,
+        images_at,
+        out,
+        num_images=recipe.num_images,
+        batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        log=log,
+    )
     vae.register_to_config(scaling_factor=_scaling_factor(vae, images_at))
     return vae
 

@@ -32,6 +32,7 @@ JUDGE = "comic judge"
 STUDENT_STEPS = (1, 2, 4)
 TEACHER_STEPS = (1, 4, 25, 50)
 SPREAD_PROMPTS, SPREAD_SEEDS = 100, 5
+NUM_BLOCKS = 10  # of the jackknife
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,7 @@ def ways(student: DiffusionPipeline, teacher: DiffusionPipeline, plan: Plan) -> 
         _label("teacher", steps): assess.way_of(teacher, steps=steps, guidance=plan.guidance)
         for steps in plan.teacher_steps
     }
-    few = {
-        _label("student", steps): assess.way_of(student, steps=steps, guidance=0.0) for steps in plan.student_steps
-    }
+    few = {_label("student", steps): assess.way_of(student, steps=steps, guidance=0.0) for steps in plan.student_steps}
     return guided | few
 
 
@@ -102,93 +101,165 @@ def _label(who: str, steps: int) -> str:
 
 
 def figures(measured: Measured) -> tuple[Figure, ...]:
-    """The figures of the report, with intervals and targets."""
-    return (_distance(measured), _adherence(measured), _spread(measured))
+    """The figures of the report: each set by itself, and the student against the many-step teacher where it is."""
+    absolute = (_distance(measured), _adherence(measured), _spread(measured))
+    teacher = _many_step_teacher(measured)
+    if teacher is None:
+        return (*absolute, _distance_beside(measured, next(iter(measured.drawn)), {}))
+    compared = (
+        _distance_beside(measured, teacher, {1: (2.0, 1.10), 4: (1.25, 1.00)}),
+        _adherence_beside(measured, teacher),
+        _spread_beside(measured, teacher),
+    )
+    return tuple(figure for pair in zip(absolute, compared, strict=True) for figure in pair)
+
+
+def _sets(measured: Measured) -> dict[str, assess.Judged]:
+    return {"real pictures": measured.real, "VAE reconstructions": measured.reconstructed, **measured.drawn}
 
 
 def distances(measured: Measured) -> dict[str, float]:
     """Fréchet distance of every set from the reference pictures."""
-    sets = {"real pictures": measured.real, "VAE reconstructions": measured.reconstructed, **measured.drawn}
-    return {label: frechet_distance(judged.features, measured.reference.features) for label, judged in sets.items()}
+    reference = measured.reference.features
+    return {label: frechet_distance(judged.features, reference) for label, judged in _sets(measured).items()}
 
 
 def adherence_of(measured: Measured) -> dict[str, AdherenceScore]:
-    """Prompt adherence of every set that answers the same prompts."""
+    """Prompt adherence of every set; all answer the same prompts."""
     named = [caption.named for caption in measured.captions]
-    sets = {"real pictures": measured.real, "VAE reconstructions": measured.reconstructed, **measured.drawn}
-    return {label: adherence(named, judged.values, reference=named) for label, judged in sets.items()}
+    return {label: adherence(named, judged.values, reference=named) for label, judged in _sets(measured).items()}
 
 
 def _distance(measured: Measured) -> Figure:
-    values = distances(measured)
-    best_teacher = _best_teacher(measured)
-    readings = []
-    for label, value in values.items():
-        judged = {"real pictures": measured.real, "VAE reconstructions": measured.reconstructed}.get(label)
-        judged = judged or measured.drawn[label]
-        interval = block_jackknife(frechet_distance, judged.features, measured.reference.features, num_blocks=10)
-        targets: tuple[Target, ...] = ()
-        if label.startswith("student") and best_teacher:
-            limits = {1: (2.0, 1.10), 4: (1.25, 1.00)}.get(int(label.split()[1]))
-            if limits:
-                base = values[best_teacher]
-                targets = (Target("at most", limits[0] * base, f"required: {limits[0]:g} x the teacher's"),
-                           Target("at most", limits[1] * base, f"aim: {limits[1]:g} x the teacher's"))
-        elif label == best_teacher:
-            targets = (Target("at most", 3 * values["VAE reconstructions"], "3 x the VAE reconstructions'"),)
-        readings.append(Reading(label, value, interval.low, interval.high, _role(label), targets))
+    reference, readings = measured.reference.features, []
+    teacher, values = _many_step_teacher(measured), distances(measured)
+    for label, judged in _sets(measured).items():
+        interval = block_jackknife(frechet_distance, judged.features, reference, num_blocks=NUM_BLOCKS)
+        limit = Target("at most", 3 * values["VAE reconstructions"], "3 x VAE reconstructions")
+        targets = (limit,) if label == teacher else ()
+        readings.append(Reading(label, values[label], interval.low, interval.high, _role(label), targets))
     return Figure(
-        "Distance from real pictures",
-        "Fréchet distance between the judge's features of each set and of held-out real pictures: 0 is a perfect copy "
-        "of their distribution, and real pictures themselves mark the floor that so many pictures allow.",
-        tuple(readings), "lower", "number", JUDGE, len(measured.reference.features), True,
+        "Fréchet distance",
+        "How far the pictures of a model, as a crowd, are from real held-out ones: their average look and their variety "
+        "in one number. Two sets of real pictures are not at 0 either; they are the floor.",
+        tuple(readings),
+        "lower",
+        "number",
+        JUDGE,
+        len(reference),
+    )
+
+
+def _distance_beside(measured: Measured, base: str, limits: Mapping[int, tuple[float, float]]) -> Figure:
+    """Distances as multiples of that of `base`, jackknifed together; `limits`: required and aimed at, by steps."""
+
+    def ratio(a: np.ndarray, b: np.ndarray, reference: np.ndarray) -> float:
+        return frechet_distance(a, reference) / frechet_distance(b, reference)
+
+    readings, reference = [], measured.reference.features
+    for label, judged in measured.drawn.items():
+        if label == base:
+            continue
+        sets = (judged.features, measured.drawn[base].features, reference)
+        interval = block_jackknife(ratio, *sets, num_blocks=NUM_BLOCKS)
+        pair = limits.get(_steps(label), ()) if label.startswith("student") else ()
+        targets = tuple(Target("at most", limit, name) for name, limit in zip(("required", "aim"), pair, strict=False))
+        readings.append(Reading(label, interval.value, interval.low, interval.high, _role(label), targets))
+    return Figure(
+        f"Fréchet distance, times that of the {base}",
+        f"The same, as a multiple of what the {base} reaches.",
+        tuple(readings),
+        "lower",
+        "times",
+        JUDGE,
+        len(reference),
     )
 
 
 def _adherence(measured: Measured) -> Figure:
-    scores = adherence_of(measured)
-    best_teacher = _best_teacher(measured)
-    readings = []
+    scores, readings = adherence_of(measured), []
+    teacher = _many_step_teacher(measured)
     for label, score in scores.items():
         interval = paired_bootstrap(np.array(score.per_prompt), num_resamples=2000)
-        targets: tuple[Target, ...] = ()
-        if label.startswith("student") and best_teacher:
-            targets = (Target("at least", scores[best_teacher].value - 0.02, "within 2 points of the teacher"),)
-        elif label == best_teacher:
-            targets = (Target("at least", 0.85 * scores["real pictures"].value, "85% of real pictures"),)
+        limit = Target("at least", 0.85 * scores["real pictures"].value, "85% of real pictures")
+        targets = (limit,) if label == teacher else ()
         readings.append(Reading(label, score.value, interval.low, interval.high, _role(label), targets))
     return Figure(
-        "Follows the prompt",
-        "Share of the attributes named in the prompt that the judge finds in the picture, averaged over attributes and "
-        "corrected for guessing. The prompts name combinations that no training picture shows.",
-        tuple(readings), "higher", "percent", JUDGE, len(measured.captions), False,
+        "Prompt adherence",
+        "The share of what prompts name that the judge finds in the picture, averaged over attributes, beyond what "
+        "guessing would find. Every prompt names a combination that no training picture shows.",
+        tuple(readings),
+        "higher",
+        "percent",
+        JUDGE,
+        len(measured.captions),
+    )
+
+
+def _adherence_beside(measured: Measured, base: str) -> Figure:
+    scores, readings = adherence_of(measured), []
+    for label in measured.drawn:
+        if label.startswith("student"):
+            difference = np.array(scores[label].per_prompt) - np.array(scores[base].per_prompt)
+            interval = paired_bootstrap(difference)
+            target = Target("at least", -0.02, "required")
+            readings.append(Reading(label, interval.value, interval.low, interval.high, "student", (target,)))
+    return Figure(
+        "Prompt adherence, difference to the teacher",
+        f"Student minus {base}, prompt by prompt.",
+        tuple(readings),
+        "higher",
+        "points",
+        JUDGE,
+        len(measured.captions),
     )
 
 
 def _spread(measured: Measured) -> Figure:
-    best_teacher = _best_teacher(measured)
-    real = mean_pairwise_distance(measured.real.features[:1000])
-    readings = [Reading("real pictures of any prompt", real)]
+    readings = []
     for label, spread in measured.spread.items():
         interval = paired_bootstrap(spread, num_resamples=2000)
-        targets: tuple[Target, ...] = ()
-        if label.startswith("student") and best_teacher:
-            limit = 0.85 * float(measured.spread[best_teacher].mean())
-            targets = (Target("at least", limit, "0.85 of the teacher's"),)
-        readings.append(Reading(label, interval.value, interval.low, interval.high, _role(label), targets))
+        readings.append(Reading(label, interval.value, interval.low, interval.high, _role(label)))
+    everything = mean_pairwise_distance(measured.real.features[:1000])
     return Figure(
-        "Still diverse",
-        f"Mean distance between pictures of one prompt over {SPREAD_SEEDS} seeds, in the judge's features. A model that "
-        "draws one picture for each prompt has 0.",
-        tuple(readings), "higher", "number", JUDGE, SPREAD_PROMPTS * SPREAD_SEEDS, False,
+        "Spread over seeds",
+        f"How different the {SPREAD_SEEDS} pictures of one prompt are in the judge's features, averaged over "
+        f"{SPREAD_PROMPTS} prompts. A model that draws one picture for a prompt, whatever the seed, has 0; two real "
+        f"pictures of any prompts are {everything:.2f} apart.",
+        tuple(readings),
+        "higher",
+        "number",
+        JUDGE,
+        SPREAD_PROMPTS * SPREAD_SEEDS,
     )
 
 
-def _best_teacher(measured: Measured) -> str | None:
+def _spread_beside(measured: Measured, base: str) -> Figure:
+    readings = []
+    for label, spread in measured.spread.items():
+        if label.startswith("student"):
+            interval = block_jackknife(lambda a, b: a.mean() / b.mean(), spread, measured.spread[base])
+            target = Target("at least", 0.85, "required")
+            readings.append(Reading(label, interval.value, interval.low, interval.high, "student", (target,)))
+    return Figure(
+        "Spread over seeds, times the teacher's",
+        f"The same, as a multiple of the {base}'s.",
+        tuple(readings),
+        "higher",
+        "times",
+        JUDGE,
+        SPREAD_PROMPTS * SPREAD_SEEDS,
+    )
+
+
+def _steps(label: str) -> int:
+    return int(label.split()[1])
+
+
+def _many_step_teacher(measured: Measured) -> str | None:
     """The teacher at the most steps, if it was drawn at more than a few."""
-    labels = [label for label in measured.drawn if label.startswith("teacher")]
-    label = max(labels, key=lambda label: int(label.split()[1]))
-    return label if int(label.split()[1]) >= 10 else None
+    label = max((label for label in measured.drawn if label.startswith("teacher")), key=_steps)
+    return label if _steps(label) >= 10 else None
 
 
 def _role(label: str):
@@ -209,13 +280,16 @@ def compare_grid(
     seeds = range(seed, seed + len(texts))
     columns, pictures = [], []
     for pipeline, group, steps_list, scale in (
-        (teacher, "teacher", teacher_steps, guidance), (student, "student", student_steps, 0.0),
+        (teacher, "teacher", teacher_steps, guidance),
+        (student, "student", student_steps, 0.0),
     ):
         for steps in steps_list:
             columns.append(Column(f"{steps} step{'s' if steps > 1 else ''}", group))
             pictures.append(draw(pipeline, texts, seeds=seeds, steps=steps, guidance=scale))
     rows = tuple(GridRow(text, tuple(column[i] for column in pictures)) for i, text in enumerate(texts))
-    return Grid("Same prompts, same seeds", tuple(columns), rows, f"Teacher under guidance {guidance:g}; student without.")
+    return Grid(
+        "Same prompts, same seeds", tuple(columns), rows, f"Teacher under guidance {guidance:g}; student without."
+    )
 
 
 def machine_facts() -> dict[str, str]:

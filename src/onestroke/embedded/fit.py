@@ -72,8 +72,13 @@ def fit(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         average, done = state["average"], state["done"]
-    loader = DataLoader(_Pictures(images_at, done, num_images - num_images % batch_size), batch_size, num_workers=1,
-                        collate_fn=_collate, prefetch_factor=8)
+    loader = DataLoader(
+        _Pictures(images_at, done, num_images - num_images % batch_size),
+        batch_size,
+        num_workers=1,
+        collate_fn=_collate,
+        prefetch_factor=8,
+    )
     model.train()
     started, since, running = time.monotonic(), done, 0.0
     for step, (indices, images) in enumerate(loader, start=1):
@@ -93,7 +98,10 @@ def fit(
         if step % checkpoint_every == 0:
             rate = (done - since) / (time.monotonic() - started)
             log(f"{done}/{num_images} pictures, loss {running:.4f}, {rate:.1f} pictures/s")
-            _save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "done": done}, path)
+            _save(
+                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "done": done},
+                path,
+            )
     with torch.no_grad():
         for parameter, mean in zip(model.parameters(), average, strict=True):
             parameter.copy_(mean)

@@ -58,8 +58,16 @@ def pretrain_judge(out: Path, recipe: PretrainRecipe, *, log: Callable[[str], No
             labels = [labels_of(source.character(index), judge.values) for index in indices.tolist()]
             return judge_loss(judge, images, torch.tensor(labels))
 
-        fit(judge, loss, _InOrder(source), out / "judge", num_images=recipe.judge_images, batch_size=32,
-            learning_rate=2e-3, log=log)
+        fit(
+            judge,
+            loss,
+            _InOrder(source),
+            out / "judge",
+            num_images=recipe.judge_images,
+            batch_size=32,
+            learning_rate=2e-3,
+            log=log,
+        )
         save_judge(judge, path)
     return load_judge(path)
 
@@ -81,19 +89,28 @@ def pretrain_teacher(
     pipeline = build_pipeline(vae, captions, seed=recipe.seed)
     for name in ("unet", "vae"):
         getattr(pipeline, name).to(memory_format=torch.channels_last)
-    optimizer = OptimizerSettings(recipe.learning_rate, (0.9, 0.99), weight_decay=1e-2, warmup_images=6_000,
-                                  decay="cosine")
+    optimizer = OptimizerSettings(
+        recipe.learning_rate, (0.9, 0.99), weight_decay=1e-2, warmup_images=6_000, decay="cosine"
+    )
     method = Denoising(from_pipeline(pipeline), DenoisingSettings(optimizer, ema_images=10_000, seed=recipe.seed))
     settings = TrainSettings(recipe.teacher_images, recipe.batch_size, autocast=torch.bfloat16)
     trainer = Trainer(method, settings)
 
     def batches_from(first_slot: int):
-        return batches(source, batch_size=recipe.batch_size, size=(recipe.size, recipe.size), first_slot=first_slot,
-                       last_slot=recipe.teacher_images, seed=recipe.seed, num_workers=1)
+        return batches(
+            source,
+            batch_size=recipe.batch_size,
+            size=(recipe.size, recipe.size),
+            first_slot=first_slot,
+            last_slot=recipe.teacher_images,
+            seed=recipe.seed,
+            num_workers=1,
+        )
 
     text = yaml.safe_dump(recipe.__dict__, sort_keys=False)
-    finished = run_training(trainer, batches_from, out / "teacher-run", recipe_text=text, minutes=minutes,
-                            observe=observe)
+    finished = run_training(
+        trainer, batches_from, out / "teacher-run", recipe_text=text, minutes=minutes, observe=observe
+    )
     _export_average(trainer, pipeline, out / "teacher")
     return finished
 
@@ -129,4 +146,6 @@ class _Reader:
 
         image = self.source.read(picture_at(slot, len(self.source), seed=self.seed), slot=slot).image
         size = (self.size, self.size)
-        return cut(image, size, place(image.shape[:2], size, np.random.default_rng(slot), crop="center", random_flip=False))
+        return cut(
+            image, size, place(image.shape[:2], size, np.random.default_rng(slot), crop="center", random_flip=False)
+        )

@@ -130,8 +130,10 @@ def _checked(features: Features) -> Float[np.ndarray, "n d"]:
 
 def _check_alike(count_a: int, count_b: int, width_a: int, width_b: int) -> None:
     if count_a != count_b:
-        raise DataError(f"{count_a} pictures against {count_b}",
-                        fix="Compare equally many: set distances depend on the number of pictures.")
+        raise DataError(
+            f"{count_a} pictures against {count_b}",
+            fix="Compare equally many: set distances depend on the number of pictures.",
+        )
     if width_a != width_b:
         raise DataError(f"features of width {width_a} against {width_b}", fix="Use one feature network for both.")
 
@@ -158,8 +160,9 @@ def block_jackknife(
     if len(set(counts)) > 1:
         raise DataError(f"samples of {' and '.join(map(str, counts))}", fix="Compare equally many.")
     if counts[0] < 2 * num_blocks:
-        raise DataError(f"{counts[0]} samples are too few for {num_blocks} blocks",
-                        fix=f"Take {2 * num_blocks} at least.")
+        raise DataError(
+            f"{counts[0]} samples are too few for {num_blocks} blocks", fix=f"Take {2 * num_blocks} at least."
+        )
     value = float(statistic(*samples))
     blocks = np.array_split(np.arange(counts[0]), num_blocks)
     left_out = np.array([statistic(*(np.delete(sample, block, axis=0) for sample in samples)) for block in blocks])
@@ -237,8 +240,9 @@ def adherence(
     are compared. Raises DataError on unequal counts or an attribute that the judge does not know.
     """
     if len(named) != len(judged):
-        raise DataError(f"{len(named)} prompts against {len(judged)} judged pictures",
-                        fix="Judge one picture a prompt.")
+        raise DataError(
+            f"{len(named)} prompts against {len(judged)} judged pictures", fix="Judge one picture a prompt."
+        )
     if not any(named):
         raise DataError("no prompt names an attribute, so that there is no adherence to measure")
     hits = [_hits(wanted, seen, i) for i, (wanted, seen) in enumerate(zip(named, judged, strict=True))]
@@ -259,8 +263,11 @@ def adherence(
 def _hits(wanted: Mapping[str, str], seen: Mapping[str, str], index: int) -> dict[str, bool]:
     unknown = [name for name in wanted if name not in seen]
     if unknown:
-        raise DataError(f"the judge says nothing about {unknown[0]!r}", where=f"picture {index}",
-                        fix="Judge with a network that knows every attribute of the prompts.")
+        raise DataError(
+            f"the judge says nothing about {unknown[0]!r}",
+            where=f"picture {index}",
+            fix="Judge with a network that knows every attribute of the prompts.",
+        )
     return {name: seen[name] == value for name, value in wanted.items()}
 
 

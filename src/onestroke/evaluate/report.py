@@ -156,8 +156,9 @@ def read_report(path: Path) -> Report:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
-        raise DataError(f"not a report of this version ({place}: {first['msg']})", where=str(path),
-                        fix="Write it again.") from error
+        raise DataError(
+            f"not a report of this version ({place}: {first['msg']})", where=str(path), fix="Write it again."
+        ) from error
 
 
 def report_html(report: Report) -> str:
@@ -234,8 +235,9 @@ def _targets(figures: Sequence[Figure]) -> list[tuple[Figure, Reading, Target]]:
 
 def _strip(figure: Figure, reading: Reading) -> Markup:
     limits = [target.limit for target in reading.targets]
-    return interval_strip(reading.value, reading.low, reading.high, ends=figure.ends, log=figure.is_log,
-                          limits=limits, role=reading.role)
+    return interval_strip(
+        reading.value, reading.low, reading.high, ends=figure.ends, log=figure.is_log, limits=limits, role=reading.role
+    )
 
 
 def _by_batch_size(rows: Sequence[LatencyRow]) -> dict[int, list[LatencyRow]]:
@@ -258,8 +260,9 @@ def _replace(path: Path, text: str) -> None:
     temporary = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.",
-                                         delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
             temporary = file.name
             file.write(text)
             file.flush()

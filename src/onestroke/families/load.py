@@ -34,7 +34,8 @@ def load_pipeline(source: str | Path, *, dtype: torch.dtype = torch.float32) -> 
         pipeline = DiffusionPipeline.from_pretrained(str(source), torch_dtype=dtype, use_safetensors=True)
     except Exception as error:  # diffusers, transformers, safetensors and the hub each raise their own kinds
         raise ModelError(
-            f"the model cannot be loaded ({type(error).__name__}: {_first_line(error)})", where=str(source),
+            f"the model cannot be loaded ({type(error).__name__}: {_first_line(error)})",
+            where=str(source),
             fix="Give a diffusers folder with safetensors weights, a hub id, or one .safetensors checkpoint.",
         ) from error
     return _checked(pipeline, str(source))
@@ -47,15 +48,26 @@ def from_pipeline(pipeline: DiffusionPipeline, *, source: str = "") -> Diffusion
     config = dict(pipeline.scheduler.config)
     kind = config.get("prediction_type", "epsilon")
     if kind not in PREDICTION_TYPES:
-        raise ModelError(f"prediction type {kind!r} is not supported", where=source,
-                         fix=f"Use a model of one of {', '.join(PREDICTION_TYPES)}.")
+        raise ModelError(
+            f"prediction type {kind!r} is not supported",
+            where=source,
+            fix=f"Use a model of one of {', '.join(PREDICTION_TYPES)}.",
+        )
     encoders = [pipeline.text_encoder] + ([pipeline.text_encoder_2] if family is sdxl else [])
     tokenizers = [pipeline.tokenizer] + ([pipeline.tokenizer_2] if family is sdxl else [])
     for module in (pipeline.unet, pipeline.vae, *encoders):
         module.requires_grad_(False).eval()
     return DiffusionModel(
-        family, pipeline.unet, pipeline.vae, encoders, tokenizers, NoiseSchedule.from_config(config), kind, config,
-        bool(pipeline.config.get("force_zeros_for_empty_prompt", False)), source,
+        family,
+        pipeline.unet,
+        pipeline.vae,
+        encoders,
+        tokenizers,
+        NoiseSchedule.from_config(config),
+        kind,
+        config,
+        bool(pipeline.config.get("force_zeros_for_empty_prompt", False)),
+        source,
     )
 
 
@@ -66,8 +78,11 @@ def load_model(source: str | Path, *, dtype: torch.dtype = torch.float32) -> Dif
 
 def _checked(pipeline: DiffusionPipeline, source: str) -> DiffusionPipeline:
     if type(pipeline) not in FAMILIES:
-        raise ModelError(f"{type(pipeline).__name__} is not supported", where=source,
-                         fix="Use a model of the SDXL or SD 1.x/2.x family.")
+        raise ModelError(
+            f"{type(pipeline).__name__} is not supported",
+            where=source,
+            fix="Use a model of the SDXL or SD 1.x/2.x family.",
+        )
     return pipeline
 
 

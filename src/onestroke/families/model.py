@@ -14,7 +14,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from onestroke.schedule import NoiseSchedule
+from onestroke.errors import ModelError
+from onestroke.schedule import NoiseSchedule, exact
 from onestroke.types import Condition, PredictionType
 
 
@@ -89,18 +90,27 @@ class DiffusionModel:
     ) -> Float[Tensor, "b c _ _"]:
         """Scaled latents; the posterior's mean, or a sample from it where `generator` gives unit noise of a shape."""
         posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
-        latents = posterior.mean if generator is None else posterior.mean + posterior.std * generator(posterior.mean.shape)
+        latents = posterior.mean
+        if generator is not None:
+            latents = latents + posterior.std * generator(latents.shape)
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-        return (latents.float() - shift) * self.vae.config.scaling_factor
+        return (exact(latents) - shift) * self.vae.config.scaling_factor
 
     def decode_latents(self, latents: Float[Tensor, "b c _ _"]) -> Float[Tensor, "b 3 h w"]:
-        """Images, not clamped, in float32; gradients flow through."""
+        """Images, not clamped, in float32 at least; gradients flow through."""
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-        return self.vae.decode((latents / self.vae.config.scaling_factor + shift).to(self.vae.dtype)).sample.float()
+        return exact(self.vae.decode((latents / self.vae.config.scaling_factor + shift).to(self.vae.dtype)).sample)
 
     def denoiser(self, unet: nn.Module | None = None, *, prediction_type: PredictionType | None = None) -> Denoiser:
         """`(x_t, t, condition) -> x0` by this model's UNet, or by `unet` (a student)."""
-        return Denoiser(unet or self.unet, self.family, self.schedule, prediction_type or self.prediction_type)
+        kind = prediction_type or self.prediction_type
+        if kind == "epsilon" and self.schedule.ends_in_pure_noise:
+            raise ModelError(
+                "with zero terminal SNR no noise prediction says what x0 is",
+                where=self.source,
+                fix='Set student.prediction_type to "v_prediction" or "sample", or leave it out.',
+            )
+        return Denoiser(self.unet if unet is None else unet, self.family, self.schedule, kind)
 
 
 class Denoiser(nn.Module):
@@ -114,9 +124,9 @@ class Denoiser(nn.Module):
         self.family, self.schedule, self.prediction_type = family, schedule, prediction_type
 
     def forward(self, x_t: Float[Tensor, "b c h w"], t: Int[Tensor, " b"], condition: Condition) -> Tensor:
-        """The predicted `x0` (b c h w, float32): clean latents behind `x_t` at timesteps `t`."""
+        """The predicted `x0` (b c h w, float32 at least): clean latents behind `x_t` at timesteps `t`."""
         output = self.family.call_unet(self.unet, x_t, t, condition)
-        return self.schedule.to_x0(output.float(), x_t, t, self.prediction_type)
+        return self.schedule.to_x0(output, x_t, t, self.prediction_type)
 
 
 def guided(

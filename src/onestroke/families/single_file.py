@@ -96,7 +96,7 @@ def read_header(path: Path) -> Header:
                          fix="Convert the checkpoint: pickled files can run code.")
     try:
         with safe_open(path, framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - not a mapping
             return Header(path, shapes, dict(file.metadata() or {}))
     except (SafetensorError, OSError) as error:
         raise ModelError(f"this file is not a readable safetensors file ({error})", where=str(path),

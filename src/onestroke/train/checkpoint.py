@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from pathlib import Path
 
@@ -25,13 +24,14 @@ def save_checkpoint(state: dict, folder: Path, *, keep: int = 2) -> Path:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a failed write into RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save turns some failed writes into RuntimeError
         temporary.unlink(missing_ok=True)
-        full = getattr(error, "errno", None) == errno.ENOSPC or "write" in str(error).lower()
-        if not full:
-            raise
-        raise ResourceError("the checkpoint could not be written", where=str(path),
-                            fix="Free disk space; the last checkpoint is whole, and the run continues from it.") from error
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise ResourceError(
+            f"the checkpoint could not be written ({reason})",
+            where=str(path),
+            fix="Free disk space; the last checkpoint is whole, and the run continues from it.",
+        ) from error
     for old in list_checkpoints(folder)[:-keep]:
         old.unlink()
     return path
@@ -52,5 +52,8 @@ def load_newest(folder: Path) -> dict | None:
     try:
         return torch.load(paths[-1], weights_only=True, map_location="cpu")
     except Exception as error:  # torch raises several kinds for a damaged file
-        raise CheckpointError(f"the checkpoint cannot be read ({type(error).__name__})", where=str(paths[-1]),
-                              fix="Delete this file: the run continues from the one before.") from error
+        raise CheckpointError(
+            f"the checkpoint cannot be read ({type(error).__name__})",
+            where=str(paths[-1]),
+            fix="Delete this file: the run continues from the one before.",
+        ) from error

@@ -76,8 +76,11 @@ def _check_recipe(out: Path, recipe_text: str) -> None:
     if path.exists() and path.read_text("utf-8") != recipe_text:
         before, now = path.read_text("utf-8").splitlines(), recipe_text.splitlines()
         changed = next((f"{a.strip()} -> {b.strip()}" for a, b in zip(before, now, strict=False) if a != b), "settings")
-        raise CheckpointError(f"this folder holds a run of another recipe ({changed})", where=str(out),
-                              fix="Give another --out, or the same recipe to continue.")
+        raise CheckpointError(
+            f"this folder holds a run of another recipe ({changed})",
+            where=str(out),
+            fix="Give another --out, or the same recipe to continue.",
+        )
     temporary = path.with_suffix(".tmp")
     temporary.write_text(recipe_text, "utf-8")
     temporary.replace(path)
@@ -91,8 +94,9 @@ def _sole_owner(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise CheckpointError("another run is writing to this folder", where=str(out),
-                                  fix="Wait for it, or give another --out.") from error
+            raise CheckpointError(
+                "another run is writing to this folder", where=str(out), fix="Wait for it, or give another --out."
+            ) from error
         yield
 
 

@@ -18,7 +18,7 @@ from onestroke.train.trainer import Trainer
 
 
 class SamplePainter:
-    """Draws the same prompts and seeds each time: a column a prompt, rows live and averaged weights at 1 and 4 steps."""
+    """Draws the same prompts and seeds each time: a column a prompt; live and averaged weights at 1 and 4 steps."""
 
     def __init__(self, teacher: DiffusionModel, trainer: Trainer, recipe: Recipe, prompts: Sequence[str]) -> None:
         self.teacher, self.trainer, self.recipe, self.prompts = teacher, trainer, recipe, list(prompts)
@@ -37,15 +37,14 @@ class SamplePainter:
         rows = []
         for unet in (self.trainer.method.players[STUDENT].module, self.trainer.averages[STUDENT]):
             was_training = unet.training
-            pipeline = student_pipeline(
-                self.teacher, unet.eval(), prediction_type=self.recipe.student.prediction_type
-            )
+            pipeline = student_pipeline(self.teacher, unet.eval(), prediction_type=self.recipe.student.prediction_type)
             pipeline.set_progress_bar_config(disable=True)
             size = (self.recipe.data.size, self.recipe.data.size)
             for steps in (1, 4):
                 with torch.random.fork_rng(devices=[]):
-                    images = draw(pipeline, self.prompts, seeds=range(len(self.prompts)), steps=steps, guidance=0.0,
-                                  size=size)
+                    images = draw(
+                        pipeline, self.prompts, seeds=range(len(self.prompts)), steps=steps, guidance=0.0, size=size
+                    )
                 rows.append(np.concatenate(list(images), axis=1))
             unet.train(was_training)
         return np.concatenate(rows, axis=0)

@@ -112,7 +112,8 @@ class Trainer:
         broken += [f"{name}/grad_norm" for name, norm in norms.items() if not math.isfinite(norm)]
         if broken:
             raise NonFiniteLoss(
-                f"{', '.join(broken)} is not finite", where=f"step {self.step}, picture {self.images}",
+                f"{', '.join(broken)} is not finite",
+                where=f"step {self.step}, picture {self.images}",
                 fix="The last checkpoint is whole. Lower the learning rate or train in float32.",
             )
 

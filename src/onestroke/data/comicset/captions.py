@@ -66,7 +66,8 @@ def _write(style_name: str, named: Mapping[str, str], rng: np.random.Generator) 
 def _as_tags(parts: Mapping[str, list[str]], look: str, pick, rng: np.random.Generator) -> str:
     tags = [phrase for phrases in parts.values() for phrase in phrases]
     rng.shuffle(tags)
-    return ", ".join([*([look] if look else []), " ".join(["a", pick(NOUNS)]) if rng.random() < 0.5 else "portrait", *tags])
+    subject = f"a {pick(NOUNS)}" if rng.random() < 0.5 else "portrait"
+    return ", ".join([*([look] if look else []), subject, *tags])
 
 
 def _as_sentence(parts: Mapping[str, list[str]], look: str, pick, rng: np.random.Generator) -> str:

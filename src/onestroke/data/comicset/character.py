@@ -10,6 +10,7 @@ import numpy as np
 from onestroke.data.comicset.vocabulary import STYLE_NAMES, Fact, Style, load_style
 
 SPLITS = ("train", "validation", "held-out")
+MAX_DRAWS = 100
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,11 @@ def draw_character(index: int, *, split: str = "train", seed: int = 0, style: st
     pairs = sorted(tuple(sorted(pair)) for pair in chosen.held_out) if split == "held-out" else []
     while True:
         forced = dict(pairs[rng.integers(len(pairs))]) if pairs else {}
-        drawn = _resolve(chosen, forced, rng)
-        if drawn is not None:
-            values, options = drawn
-            return Character(chosen.name, values, options | _placement(chosen, rng), tuple(forced.items()))
+        for _ in range(MAX_DRAWS):  # a few held-out pairs leave no room for the rest: then another pair
+            drawn = _resolve(chosen, forced, rng)
+            if drawn is not None:
+                values, options = drawn
+                return Character(chosen.name, values, options | _placement(chosen, rng), tuple(forced.items()))
 
 
 def _resolve(style: Style, forced: Mapping[str, str], rng: np.random.Generator):

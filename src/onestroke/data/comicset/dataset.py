@@ -52,7 +52,7 @@ class ComicSource:
         return self.described(index).text
 
     def described(self, index: int, *, slot: int | None = None) -> Caption:
-        """The caption and what it names of picture `index`, not drawing it: its own one, or the one that `slot` reads."""
+        """The caption of picture `index` and what it names, not drawing it: its own, or the one that `slot` reads."""
         return self._worded(self.character(index), index, slot)
 
     def read(self, index: int, *, slot: int | None = None) -> Picture:

@@ -119,7 +119,8 @@ def load_style(name: str) -> Style:
         never_named[fact] = never_named.get(fact, ()) + names
     for value in next(a for a in attributes if a.role == "hair").values:
         if uncolored.issuperset(*value.draw.values()):
-            never_named[("hair", value.name)] = ("hair color",)
+            fact = ("hair", value.name)
+            never_named[fact] = never_named.get(fact, ()) + ("hair color",)
     place = spec["placement"]
     return Style(
         name,

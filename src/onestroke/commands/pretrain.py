@@ -1,0 +1,116 @@
+"""`onestroke pretrain`: a small teacher from nothing, in three stages that each go on where they stopped."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from onestroke.build import COMICSET_IMAGES
+from onestroke.commands.progress import Display
+from onestroke.commands.quiet import cap_threads, quiet_libraries
+from onestroke.data.comicset.dataset import ComicSource
+from onestroke.data.folder import open_folder
+from onestroke.data.source import Source
+from onestroke.embedded.pretrain import PretrainRecipe, pretrain_judge, pretrain_teacher, pretrain_vae
+from onestroke.errors import DataError, RecipeError
+
+MULTIPLE = 16  # the VAE halves a picture three times, the UNet once more
+
+
+class OutOfTime(Exception):
+    """The minutes are over; what is saved is continued by the next run. Never leaves this file."""
+
+
+def run_pretrain(
+    data: Path | None,
+    size: int,
+    vae_images: int,
+    judge_images: int,
+    teacher_images: int,
+    minutes: float | None,
+    out: Path,
+    *,
+    console: Console,
+) -> None:
+    """Train what is not trained yet, for `minutes` in all, and say what to do next."""
+    if size % MULTIPLE:
+        near = max(MULTIPLE, MULTIPLE * round(size / MULTIPLE))
+        raise RecipeError(f"{size} is not a multiple of {MULTIPLE}", where="--size", fix=f"Give {near}, for example.")
+    quiet_libraries()
+    cap_threads()
+    deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    recipe = PretrainRecipe(size=size, vae_images=vae_images, judge_images=judge_images, teacher_images=teacher_images)
+    source = pictures(data, size=size, console=console)
+    try:
+        finished = _stages(source, recipe, out, deadline, console, with_judge=data is None)
+    except OutOfTime:
+        finished = False
+    for line in closing_lines(out, data, finished=finished):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def pictures(data: Path | None, *, size: int, console: Console) -> Source:
+    """The user's captioned pictures, or the embedded ones."""
+    if data is None:
+        return ComicSource(COMICSET_IMAGES, size=size)
+    source = open_folder(data, log=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
+    if not len(source):
+        raise DataError("there is no captioned picture", where=str(data), fix="Add pictures with captions.")
+    return source
+
+
+def stage_log(
+    title: str, deadline: float, console: Console, *, clock: Callable[[], float] = time.monotonic
+) -> Callable[[str], None]:
+    """A log for the stages of `fit`, which calls it just before each checkpoint; raises OutOfTime past `deadline`.
+
+    Never at the first call: a run then has saved something, however few minutes it is given.
+    """
+    num_calls = 0
+
+    def log(line: str) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        console.print(f"{title}: {line}", markup=False, highlight=False, soft_wrap=True)
+        if num_calls > 1 and clock() > deadline:
+            raise OutOfTime
+
+    return log
+
+
+def closing_lines(out: Path, data: Path | None, *, finished: bool) -> list[str]:
+    """Where the teacher is, and the next commands."""
+    if not finished:
+        return [f"stopped before the end; run the same command again to continue in {out}"]
+    teacher = shlex.quote(str(out / "teacher"))
+    pictures_option = "" if data is None else f" --data {shlex.quote(str(data))}"
+    prompt = "a laughing person with pink hair" if data is None else "YOUR PROMPT"
+    return [
+        f"teacher: {out / 'teacher'}", "next:",
+        f'  onestroke generate "{prompt}" --model {teacher} --steps 50 --guidance 3',
+        f"  onestroke distill mini --teacher {teacher}{pictures_option}",
+    ]
+
+
+def _stages(
+    source: Source, recipe: PretrainRecipe, out: Path, deadline: float, console: Console, *, with_judge: bool
+) -> bool:
+    """VAE, judge, teacher; returns whether the last picture was reached. Raises OutOfTime."""
+    pretrain_vae(out, source, recipe, log=stage_log("vae", deadline, console))
+    _check_time(deadline)
+    if with_judge:
+        pretrain_judge(out, recipe, log=stage_log("judge", deadline, console))
+        _check_time(deadline)
+    minutes = None if deadline == math.inf else (deadline - time.monotonic()) / 60
+    with Display(console, recipe.teacher_images, "teacher") as observe:
+        return pretrain_teacher(out, source, recipe, minutes=minutes, observe=observe)
+
+
+def _check_time(deadline: float) -> None:
+    if time.monotonic() > deadline:
+        raise OutOfTime
