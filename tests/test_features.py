@@ -148,6 +148,14 @@ def test_efficientnet_lite0_embeds_an_image_as_the_mean_of_its_coarsest_map(lite
     assert lite0.embed_dim == 320
 
 
+def test_features_and_embedding_in_one_pass_are_those_of_two(network):
+    images = pictures(56, 42)
+    with torch.no_grad():
+        features, embedding = network.forward_and_embed(images)
+        assert all(torch.equal(one, two) for one, two in zip(features, network(images), strict=True))
+        assert torch.equal(embedding, network.embed(images))
+
+
 def test_gradients_reach_the_images_and_no_weight(network):
     images = pictures(56, 42).requires_grad_()
     for feature in network(images):

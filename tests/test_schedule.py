@@ -90,7 +90,7 @@ def test_zero_terminal_snr_is_diffusers_own_rescaling():
 
 
 def test_epsilon_with_rescaled_betas_keeps_the_original_rates():
-    """Rescaled, alpha_999 would be 0, or diffusers' 2^-12: x0 = (x_t - sigma eps) / alpha would be 4096 times larger."""
+    """Rescaled, alpha_999 would be 0, or diffusers' 2^-12, and x0 = (x_t - sigma eps) / alpha 4096 times larger."""
     rescaled = SDXL | {"rescale_betas_zero_snr": True}
     schedule = NoiseSchedule.from_config(rescaled)
     assert torch.equal(schedule.alphas_cumprod, NoiseSchedule.from_config(SDXL).alphas_cumprod)
@@ -151,7 +151,8 @@ def test_later_steps_see_the_noise_level_that_the_student_trained_at(config):
 
 @pytest.mark.parametrize(("config", "kind"), [(SDXL, "epsilon"), (ZERO_SNR, "v_prediction")])
 def test_x0_agrees_with_the_euler_schedulers_own_reading_at_each_of_4_steps(config, kind):
-    scheduler, schedule = EulerDiscreteScheduler(**config, timestep_spacing="trailing"), NoiseSchedule.from_config(config)
+    schedule = NoiseSchedule.from_config(config)
+    scheduler = EulerDiscreteScheduler(**config, timestep_spacing="trailing")
     scheduler.set_timesteps(4)
     output, x_t = noise(1, 4, 2, 2).float(), noise(1, 4, 2, 2, seed=1).float()
     for t, sigma in zip(scheduler.timesteps, scheduler.sigmas[:-1], strict=True):

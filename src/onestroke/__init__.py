@@ -1,10 +1,10 @@
 """Distil a diffusers text-to-image model into one that draws in 1 to 4 steps.
 
-    import onestroke
+import onestroke
 
-    onestroke.load()("a laughing person with pink hair", num_inference_steps=1, guidance_scale=0.0).images[0]
-    onestroke.distill("mini", "runs/mini", minutes=10)
-    onestroke.comicset("pictures", count=1000)
+onestroke.load()("a laughing person with pink hair", num_inference_steps=1, guidance_scale=0.0).images[0]
+onestroke.distill("mini", "runs/mini", minutes=10)
+onestroke.comicset("pictures", count=1000)
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from onestroke.build import add_trainer, pipeline_of, source_of, teacher_of
 from onestroke.config import Recipe, load_recipe, recipe_from
 from onestroke.data.comicset.dataset import write_comicset as comicset
-from onestroke.data.source import batches
+from onestroke.data.source import Broken, batches
 from onestroke.distill.add import STUDENT
 from onestroke.export import export_folder, student_pipeline
 from onestroke.families.model import DiffusionModel
@@ -55,6 +55,7 @@ def distill(
     trainer = add_trainer(recipe, teacher)
     size = (recipe.data.size, recipe.data.size)
     settings = recipe.train
+    broken = Broken(len(source), recipe.data.max_broken_share)
 
     def batches_from(first_slot: int):
         return batches(
@@ -67,6 +68,7 @@ def distill(
             random_flip=recipe.data.random_flip,
             crop=recipe.data.crop,
             num_workers=recipe.data.num_workers,
+            broken=broken,
         )
 
     painter = SamplePainter(teacher, trainer, recipe, [source.caption(index) for index in range(min(4, len(source)))])

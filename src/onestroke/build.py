@@ -15,7 +15,7 @@ from onestroke.distill.add import ADD
 from onestroke.distill.features import load_features
 from onestroke.distill.student import build_student
 from onestroke.embedded import STUDENT, TEACHER, embedded_student, embedded_teacher
-from onestroke.errors import ResourceError
+from onestroke.errors import RecipeError, ResourceError
 from onestroke.families.load import from_pipeline, load_pipeline
 from onestroke.families.model import DiffusionModel
 from onestroke.train.trainer import Trainer, TrainSettings
@@ -64,6 +64,13 @@ def source_of(recipe: DataRecipe, *, seed: int = 0) -> Source:
 def add_trainer(recipe: Recipe, teacher: DiffusionModel) -> Trainer:
     """A trainer for ADD of `teacher`, before its first step."""
     settings = recipe.train
+    multiple = max(8, teacher.vae_scale_factor)  # diffusers' pipelines draw multiples of 8 only
+    if recipe.data.size % multiple:
+        raise RecipeError(
+            f"{recipe.data.size} pixels do not divide by {multiple}",
+            where="data.size",
+            fix=f"Set it to {recipe.data.size // multiple * multiple or multiple}.",
+        )
     dtype = torch.float64 if settings.precision == "float64" else torch.float32
     student = build_student(teacher, recipe.student, seed=recipe.seed).to(teacher.device, dtype)
     student.to(memory_format=torch.channels_last)

@@ -76,7 +76,7 @@ def generate(
 def pretrain(
     data: Annotated[Path | None, typer.Option(help="A folder of captioned pictures; none: the embedded ones.")] = None,
     size: Annotated[int, typer.Option(min=32, max=1024, help="Pixels a side, a multiple of 16.")] = 128,
-    vae_images: Annotated[int, typer.Option(min=1)] = 34_000,
+    vae_images: Annotated[int, typer.Option(min=1)] = 84_000,
     judge_images: Annotated[int, typer.Option(min=1)] = 40_000,
     teacher_images: Annotated[int, typer.Option(min=1)] = 200_000,
     minutes: Minutes = None,

@@ -46,8 +46,9 @@ class NoiseSchedule:
         """
         kind = prediction_type or config.get("prediction_type", "epsilon")
         if kind not in PREDICTION_TYPES:
-            raise ModelError(f"prediction type {kind!r} is not supported",
-                             fix=f"Use one of {', '.join(PREDICTION_TYPES)}.")
+            raise ModelError(
+                f"prediction type {kind!r} is not supported", fix=f"Use one of {', '.join(PREDICTION_TYPES)}."
+            )
         alphas_cumprod = torch.cumprod(1 - _betas(config), 0)
         if config.get("rescale_betas_zero_snr") and kind != "epsilon":
             alphas_cumprod = _zero_terminal_snr(alphas_cumprod)
@@ -117,15 +118,21 @@ def _betas(config: Mapping) -> Tensor:
         return torch.tensor(config["trained_betas"], dtype=torch.float64)
     shape = config.get("beta_schedule")
     if shape is None:  # a flow or EDM model: no default fits
-        raise ModelError("this scheduler has no beta schedule", where="scheduler_config.json",
-                         fix="Use a model with the noise schedule of SDXL or SD 1.x/2.x.")
+        raise ModelError(
+            "this scheduler has no beta schedule",
+            where="scheduler_config.json",
+            fix="Use a model with the noise schedule of SDXL or SD 1.x/2.x.",
+        )
     start, end = config["beta_start"], config["beta_end"]
     if shape == "scaled_linear":
         return torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64).square()
     if shape == "linear":
         return torch.linspace(start, end, count, dtype=torch.float64)
-    raise ModelError(f"beta schedule {shape!r} is not supported", where="scheduler_config.json",
-                     fix="Use scaled_linear, linear or trained_betas.")
+    raise ModelError(
+        f"beta schedule {shape!r} is not supported",
+        where="scheduler_config.json",
+        fix="Use scaled_linear, linear or trained_betas.",
+    )
 
 
 def _zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:

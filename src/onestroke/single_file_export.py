@@ -24,7 +24,9 @@ from onestroke.families.single_file import CONFIG_KEY, Configs, packaged_configs
 
 _MODELSPEC_PREDICTION = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 _MODELSPEC_ARCHITECTURE = {
-    "sdxl": "stable-diffusion-xl-v1-base", "sd15": "stable-diffusion-v1", "sd2": "stable-diffusion-v2-512"
+    "sdxl": "stable-diffusion-xl-v1-base",
+    "sd15": "stable-diffusion-v1",
+    "sd2": "stable-diffusion-v2-512",
 }
 _SD2_LAYERS = 23  # diffusers drops OpenCLIP-H's 24th layer, which SD 2.x does not use
 
@@ -54,8 +56,11 @@ def save_single_file(
         _write_atomically(tensors | _markers(pipeline), path, notes)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ResourceError(f"the checkpoint cannot be written ({reason})", where=str(path),
-                            fix="Free disk space or choose another folder.") from error
+        raise ResourceError(
+            f"the checkpoint cannot be written ({reason})",
+            where=str(path),
+            fix="Free disk space or choose another folder.",
+        ) from error
     return path
 
 
@@ -98,8 +103,10 @@ def family_of(pipeline: DiffusionPipeline) -> str:
         return "sdxl"
     if isinstance(pipeline, StableDiffusionPipeline):
         return "sd15" if pipeline.text_encoder.config.hidden_act == "quick_gelu" else "sd2"
-    raise ModelError(f"{type(pipeline).__name__} has no single-file layout",
-                     fix="Use a model of the SDXL or SD 1.x/2.x family, or save a diffusers folder.")
+    raise ModelError(
+        f"{type(pipeline).__name__} has no single-file layout",
+        fix="Use a model of the SDXL or SD 1.x/2.x family, or save a diffusers folder.",
+    )
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:

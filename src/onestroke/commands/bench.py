@@ -58,8 +58,11 @@ def run_train_step(batch_size: int, rounds: int, console: Console) -> None:
     times = measure_step(recipe, rounds=rounds)
     console.print(step_table(times, title=f"ADD step, batch {batch_size}, {recipe.data.size} px, {rounds} rounds"))
     for label, names in (("the first five parts", MAIN_PARTS), ("all parts", [name for name in times if name != STEP])):
-        console.print(f"step / {label}: {step_over(times, names):.2f} (median over rounds; the aim is at most {LIMIT})",
-                      markup=False, highlight=False)
+        console.print(
+            f"step / {label}: {step_over(times, names):.2f} (median over rounds; the aim is at most {LIMIT})",
+            markup=False,
+            highlight=False,
+        )
 
 
 def step_table(times: Mapping[str, Sequence[float]], *, title: str) -> Table:
@@ -112,7 +115,6 @@ def measure_step(recipe: Recipe, *, rounds: int) -> dict[str, list[float]]:
 class StepInputs:
     """What the parts work on: the inputs that each has inside the step."""
 
-    batch: Batch
     images: Tensor  # b 3 h w, the real pictures
     condition: Condition
     blank: Condition
@@ -139,7 +141,12 @@ def step_inputs(method: ADD, batch: Batch) -> StepInputs:
         eps = normal(x0.shape[1:], recipe.seed, "eps", slots).to(x0)
         x_s, x_t = model.schedule.student_input(x0, eps, s), model.schedule.add_noise(x0, eps, t.to(x0.device))
         blank = model.blank_prompts(condition)
-    return StepInputs(batch, images, condition, blank, x_s, s.to(x0.device), x_t, t.to(x0.device), x0, rollout)
+    return StepInputs(images, condition, blank, x_s, s.to(x0.device), x_t, t.to(x0.device), x0,
+                      _without_graph(rollout))  # fmt: skip
+
+
+def _without_graph(rollout: Rollout) -> Rollout:
+    return replace(rollout, x0=rollout.x0.detach(), fake=[feature.detach() for feature in rollout.fake])
 
 
 Output = Tensor | list[Tensor]
@@ -202,8 +209,8 @@ def _heads_of_student(method: ADD, inputs: StepInputs, cast: Callable[[Call], Ca
 
     def loss() -> Tensor:
         rollout = inputs.rollout
-        fake = [feature.detach().requires_grad_() for feature in rollout.fake]
-        return method.loss(STUDENT, replace(rollout, x0=rollout.x0.detach().requires_grad_(), fake=fake)).total
+        x0, fake = rollout.x0.clone().requires_grad_(), [feature.clone().requires_grad_() for feature in rollout.fake]
+        return method.loss(STUDENT, replace(rollout, x0=x0, fake=fake)).total
 
     return Part(lambda: _backward(cast(loss)()), lambda: method.heads.requires_grad_(False),
                 lambda: method.heads.requires_grad_(True))  # fmt: skip
@@ -267,6 +274,12 @@ def latency_table(rows: Sequence[LatencyRow]) -> Table:
     table = Table("", "batch", "total", *parts, "a picture", "speedup")
     for row in rows:
         times = [seconds(row.parts.get(name, 0.0)) for name in parts]
-        table.add_row(row.label, str(row.batch_size), seconds(row.total), *times, seconds(row.total / row.batch_size),
-                      f"{row.speedup:.1f}x")
+        table.add_row(
+            row.label,
+            str(row.batch_size),
+            seconds(row.total),
+            *times,
+            seconds(row.total / row.batch_size),
+            f"{row.speedup:.1f}x",
+        )
     return table

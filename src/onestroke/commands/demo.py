@@ -10,6 +10,7 @@ from rich.console import Console
 from onestroke.api import distill
 from onestroke.build import pipeline_of
 from onestroke.commands.progress import Display
+from onestroke.commands.quiet import cap_threads, quiet_libraries
 from onestroke.commands.report import PROMPTS, print_figures
 from onestroke.config import Recipe, load_recipe
 from onestroke.embedded import GUIDANCE, TEACHER, embedded_judge
@@ -27,6 +28,8 @@ DEMO_IMAGES = 1000  # pictures of each set in the demo's figures
 
 def run_demo(out: Path, *, minutes: float, seed: int, console: Console) -> Report:
     """Distil for `minutes`, then measure; leaves the student, logs and report.html in `out`."""
+    quiet_libraries()
+    cap_threads()
     recipe = load_recipe("mini", [f"seed={seed}", "train.sample_images=0"])
     console.print(
         f"ADD on the embedded comic pictures for {minutes:g} minutes, seed {seed}; stop with Ctrl-C, run again "

@@ -45,8 +45,13 @@ def run_distill(
     cap_threads()
     resolved = resolve_recipe(recipe, teacher, student, data, overrides)
     total = resolved.train.num_images
-    console.print(f"{resolved.name}: {resolved.teacher.source} on {resolved.data.source} at {resolved.data.size} px; "
-                  "stop with Ctrl-C, run again to continue", markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"{resolved.name}: {resolved.teacher.source} on {resolved.data.source} at {resolved.data.size} px; "
+        "stop with Ctrl-C, run again to continue",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
     with Display(console, total, "distilling") as observe:
         folder = distill(resolved, out, minutes=minutes, observe=observe)
     stopped_early = 0 < observe.images <= total - resolved.train.batch_size
@@ -64,8 +69,11 @@ def resolve_recipe(
     Raises RecipeError where a recipe's `YOUR_...` is left, naming the option that fills it.
     """
     if recipe is None and teacher is None:
-        raise RecipeError("there is nothing to distil", where="distill",
-                          fix="Give a recipe, as in `onestroke distill mini`, or --teacher MODEL.")
+        raise RecipeError(
+            "there is nothing to distil",
+            where="distill",
+            fix="Give a recipe, as in `onestroke distill mini`, or --teacher MODEL.",
+        )
     name, settings = (recipe, []) if recipe is not None else _default_recipe(teacher or "")
     given = {"teacher.source": teacher, "student.source": student, "data.source": data}
     # JSON's quoting is YAML's too: a path may look like a number, or hold ": " or "#"

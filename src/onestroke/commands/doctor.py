@@ -59,8 +59,9 @@ def findings() -> Iterator[Finding]:
             yield from part()
         except ImportError as error:
             name = (error.name or str(error)).split(".")[0]
-            yield Finding(part.__name__.replace("_", " "), f"cannot look: {name} is not installed", False,
-                          f"pip install {name}")
+            yield Finding(
+                part.__name__.replace("_", " "), f"cannot look: {name} is not installed", False, f"pip install {name}"
+            )
 
 
 def python() -> Iterator[Finding]:
@@ -88,15 +89,20 @@ def machine() -> Iterator[Finding]:
     import torch
 
     granted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield Finding("cores", f"{granted} for this process, {os.cpu_count()} in all; torch uses {torch.get_num_threads()} "
-                           "threads")
+    yield Finding(
+        "cores", f"{granted} for this process, {os.cpu_count()} in all; torch uses {torch.get_num_threads()} threads"
+    )
     total, free = memory()
     low = free is not None and free < 6 * GIB
     state = f"{total / GIB:.1f} GiB" + ("" if free is None else f", {free / GIB:.1f} GiB free")
     yield Finding("memory", state, not low, "Close other programs: `onestroke demo` takes up to 6 GiB." if low else "")
     disk = shutil.disk_usage(Path.cwd()).free
-    yield Finding("disk", f"{disk / GIB:.1f} GiB free here", disk > GIB,
-                  "" if disk > GIB else "Free some space: a run keeps two checkpoints.")
+    yield Finding(
+        "disk",
+        f"{disk / GIB:.1f} GiB free here",
+        disk > GIB,
+        "" if disk > GIB else "Free some space: a run keeps two checkpoints.",
+    )
 
 
 def memory() -> tuple[int, int | None]:
@@ -229,8 +235,12 @@ def embedded_weights() -> Iterator[Finding]:
     folder = embedded.weights_folder()
     missing = [name.split("/")[0].split(".")[0] for name in WEIGHTS if not (folder / name).is_file()]
     if missing:
-        yield Finding("embedded weights", f"no {', '.join(missing)}", False,
-                      "pip install --force-reinstall --no-deps onestroke, or train them: onestroke pretrain")
+        yield Finding(
+            "embedded weights",
+            f"no {', '.join(missing)}",
+            False,
+            "pip install --force-reinstall --no-deps onestroke, or train them: onestroke pretrain",
+        )
         return
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     yield Finding("embedded weights", f"teacher, student and judge, {size / 1e6:.0f} MB", True)
@@ -245,8 +255,9 @@ def extras() -> Iterator[Finding]:
     for extra, names in wanted.items():
         missing = [name for name in names if _version(name) is None]
         state = "installed" if not missing else f"optional; without {', '.join(missing)}"
-        yield Finding(f"extra {extra}", state, None if missing else True,
-                      f'pip install "onestroke[{extra}]"' if missing else "")
+        yield Finding(
+            f"extra {extra}", state, None if missing else True, f'pip install "onestroke[{extra}]"' if missing else ""
+        )
 
 
 def _devices() -> list[torch.device]:

@@ -41,10 +41,19 @@ def run_generate(
     started = time.perf_counter()
     images = draw(pipeline, [prompt] * count, seeds=range(seed, seed + count), steps=steps, guidance=guidance)
     seconds = time.perf_counter() - started
-    save_picture(np.concatenate(list(images), axis=1), out, {
-        "prompt": prompt, "seed": str(seed), "count": str(count), "steps": str(steps), "guidance": f"{guidance:g}",
-        "model": model, "software": f"onestroke {__version__}",
-    })
+    save_picture(
+        np.concatenate(list(images), axis=1),
+        out,
+        {
+            "prompt": prompt,
+            "seed": str(seed),
+            "count": str(count),
+            "steps": str(steps),
+            "guidance": f"{guidance:g}",
+            "model": model,
+            "software": f"onestroke {__version__}",
+        },
+    )
     console.print(f"{out} ({seconds:.2f} s to draw)", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -53,8 +62,11 @@ def check_order(prompt: str, out: Path) -> None:
     if not prompt.strip():
         raise RecipeError("the prompt is empty", where="generate", fix='Say what to draw, as in "a laughing person".')
     if out.suffix.lower() not in FORMATS:
-        raise RecipeError(f"no picture is written as {out.suffix or 'a file without a suffix'!r}", where=str(out),
-                          fix=f"Choose one of {', '.join(FORMATS)}.")
+        raise RecipeError(
+            f"no picture is written as {out.suffix or 'a file without a suffix'!r}",
+            where=str(out),
+            fix=f"Choose one of {', '.join(FORMATS)}.",
+        )
     if out.is_dir():
         raise RecipeError("this is a folder", where=str(out), fix="Give a file name after --out.")
     try:
@@ -108,5 +120,6 @@ def _options(kind: str, metadata: Mapping[str, str]) -> dict:
 
 def _unwritable(out: Path, error: Exception) -> ResourceError:
     reason = getattr(error, "strerror", None) or str(error)
-    return ResourceError(f"the picture cannot be written ({reason})", where=str(out),
-                         fix="Choose another --out, or free some space.")
+    return ResourceError(
+        f"the picture cannot be written ({reason})", where=str(out), fix="Choose another --out, or free some space."
+    )

@@ -67,17 +67,11 @@ def pictures(data: Path | None, *, size: int, console: Console) -> Source:
 def stage_log(
     title: str, deadline: float, console: Console, *, clock: Callable[[], float] = time.monotonic
 ) -> Callable[[str], None]:
-    """A log for the stages of `fit`, which calls it just before each checkpoint; raises OutOfTime past `deadline`.
-
-    Never at the first call: a run then has saved something, however few minutes it is given.
-    """
-    num_calls = 0
+    """A log for the stages of `fit`, which calls it just after each checkpoint; raises OutOfTime past `deadline`."""
 
     def log(line: str) -> None:
-        nonlocal num_calls
-        num_calls += 1
         console.print(f"{title}: {line}", markup=False, highlight=False, soft_wrap=True)
-        if num_calls > 1 and clock() > deadline:
+        if clock() > deadline:
             raise OutOfTime
 
     return log
@@ -91,7 +85,8 @@ def closing_lines(out: Path, data: Path | None, *, finished: bool) -> list[str]:
     pictures_option = "" if data is None else f" --data {shlex.quote(str(data))}"
     prompt = "a laughing person with pink hair" if data is None else "YOUR PROMPT"
     return [
-        f"teacher: {out / 'teacher'}", "next:",
+        f"teacher: {out / 'teacher'}",
+        "next:",
         f'  onestroke generate "{prompt}" --model {teacher} --steps 50 --guidance 3',
         f"  onestroke distill mini --teacher {teacher}{pictures_option}",
     ]

@@ -96,7 +96,7 @@ def summary(terms: Mapping[str, float]) -> str:
     losses = {name: terms.get(f"{STUDENT}/{name}") for name in ("adversarial", "distillation")}
     parts = [f"{name} {value:.3f}" for name, value in losses.items() if value is not None]
     for name, prefix in (("real logits", f"{DISCRIMINATOR}/real_"), ("fake logits", f"{DISCRIMINATOR}/fake_")):
-        heads = [value for key, value in terms.items() if key.startswith(prefix) and key[len(prefix):].isdigit()]
+        heads = [value for key, value in terms.items() if key.startswith(prefix) and key[len(prefix) :].isdigit()]
         parts += [f"{name} {sum(heads) / len(heads):+.2f}"] if heads else []
     return ", ".join(parts or [f"{key} {value:.4f}" for key, value in terms.items() if key.endswith("/loss")])
 

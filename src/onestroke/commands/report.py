@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from onestroke.api import load
+from onestroke.commands.quiet import cap_threads, quiet_libraries
 from onestroke.embedded import GUIDANCE, embedded_judge
 from onestroke.embedded.comic_report import (
     Plan,
@@ -42,6 +43,8 @@ def run_report(
     console: Console,
 ) -> Report:
     """Measure, write `out/report.html`, `out/report.json` and `out/grid.png`, and print the figures."""
+    quiet_libraries()
+    cap_threads()
     guidance = GUIDANCE if guidance is None else guidance
     student_pipeline, teacher_pipeline = load(student), load(teacher)
     plan = Plan(num_images, guidance, cache=out / "cache")

@@ -92,10 +92,8 @@ class ADD:
             fake = self.features(pixels)
         target = self._target(x0, condition, batch) if STUDENT in due and self.recipe.losses.distill_weight else None
         with torch.no_grad():
-            real = self.features(images) if DISCRIMINATOR in due else None
-            heads = self.heads
-            c_text = self.embed_text(batch.captions, condition) if heads.uses_text else None
-            c_img = self.embed_image(images) if heads.uses_image else None
+            real, c_img = self._seen(images, due)
+            c_text = self.embed_text(batch.captions, condition) if self.heads.uses_text else None
         has_image = (s != len(model.schedule) - 1).to(model.device)
         distance = self.recipe.losses.distance
         return Rollout(pixels if distance == "pixel" else x0, fake, real, target, c_text, c_img, has_image)
@@ -107,6 +105,13 @@ class ADD:
         """Spectral norm's power iteration advances once per step of the heads, not once per forward pass."""
         if DISCRIMINATOR in due:
             self.heads.advance_spectral_norm()
+
+    def _seen(self, images: Tensor, due: frozenset[str]) -> tuple[list[Tensor] | None, Tensor | None]:
+        """Features of the real pictures, if the discriminator is due, and their embedding, if heads are given it."""
+        wanted, embedded = DISCRIMINATOR in due, self.heads.uses_image
+        if wanted and embedded and self.embed_image.is_shared:
+            return self.features.forward_and_embed(images)
+        return self.features(images) if wanted else None, self.embed_image(images) if embedded else None
 
     def _condition(self, batch: Batch) -> Condition:
         size = (batch.images.shape[-2], batch.images.shape[-1])

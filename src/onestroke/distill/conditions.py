@@ -39,13 +39,16 @@ class TextEmbedder(nn.Module):
 
 
 class ImageEmbedder(nn.Module):
-    """Pictures to one vector each, by the discriminator's own feature network or by a DINOv2 of its own."""
+    """Pictures to one vector each, by the discriminator's own feature network or by a DINOv2 of its own.
+
+    `is_shared`: it is the discriminator's own, whose `forward_and_embed` gives features and embedding in one pass.
+    """
 
     def __init__(self, features: FeatureNetwork, recipe: DiscriminatorRecipe) -> None:
         super().__init__()
         own = recipe.image_encoder != "features"
         self.network = load_features(recipe.image_encoder, source=recipe.image_encoder_source) if own else features
-        self.dim = self.network.embed_dim
+        self.is_shared, self.dim = not own, self.network.embed_dim
 
     @torch.no_grad()
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:

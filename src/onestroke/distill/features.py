@@ -83,6 +83,10 @@ class FeatureNetwork(nn.Module):
         """
         return self.backbone.embed(self._normalised(images))
 
+    def forward_and_embed(self, images: Float[Tensor, "b 3 h w"]) -> tuple[list[Tensor], Float[Tensor, "b d"]]:
+        """`forward` and `embed` in one pass."""
+        return self.backbone.both(self._normalised(images))
+
     def _normalised(self, images: Tensor) -> Tensor:
         return images.to(self.scale.dtype) * self.scale + self.shift
 
@@ -129,6 +133,10 @@ class _Dinov2Taps(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         return self.model(_to_multiple_of(images, self.stride)).pooler_output  # b d
+
+    def both(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        output = self.model(_to_multiple_of(images, self.stride), output_hidden_states=True)
+        return [output.hidden_states[i][:, 1:] for i in self.taps], output.pooler_output
 
 
 def _evenly_spread(depth: int, count: int) -> tuple[int, ...]:
@@ -226,7 +234,11 @@ class _EfficientNetLite0(nn.Module):
         return features
 
     def embed(self, images: Tensor) -> Tensor:
-        return reduce(self(images)[-1], "b d h w -> b d", "mean")
+        return self.both(images)[1]
+
+    def both(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        features = self(images)
+        return features, reduce(features[-1], "b d h w -> b d", "mean")
 
 
 class _InvertedResidual(nn.Module):

@@ -11,7 +11,7 @@ from tokenizers.models import BPE
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 MAX_TOKENS = 77
-WIDTHS = (96, 128)  # of the two text encoders
+WIDTHS, NUM_LAYERS = (96, 128), (3, 2)  # of the two text encoders
 PROJECTION = 128
 TIME_ID_WIDTH = 32
 # A zero-terminal-SNR v-prediction model is what most anime finetunes are, and its last timestep, where the student
@@ -50,13 +50,14 @@ def _merges(learner: Tokenizer) -> list[tuple[str, str]]:
     return [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
 
 
-def _text_config(width: int, tokenizer: CLIPTokenizer, *, activation: str) -> CLIPTextConfig:
+def _text_config(which: int, tokenizer: CLIPTokenizer, *, activation: str) -> CLIPTextConfig:
+    width = WIDTHS[which]
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=4 * width,
         projection_dim=PROJECTION,
-        num_hidden_layers=3,
+        num_hidden_layers=NUM_LAYERS[which],
         num_attention_heads=width // 32,
         max_position_embeddings=MAX_TOKENS,
         hidden_act=activation,
@@ -91,8 +92,8 @@ def build_pipeline(vae: AutoencoderKL, captions: Iterable[str], *, seed: int = 0
     """The untrained teacher around a trained VAE; `captions` make the tokenizer."""
     tokenizer = train_tokenizer(captions)
     torch.manual_seed(seed)
-    first = CLIPTextModel(_text_config(WIDTHS[0], tokenizer, activation="quick_gelu"))
-    second = CLIPTextModelWithProjection(_text_config(WIDTHS[1], tokenizer, activation="gelu"))
+    first = CLIPTextModel(_text_config(0, tokenizer, activation="quick_gelu"))
+    second = CLIPTextModelWithProjection(_text_config(1, tokenizer, activation="gelu"))
     unet = build_unet(vae.config.latent_channels)
     return StableDiffusionXLPipeline(
         vae,

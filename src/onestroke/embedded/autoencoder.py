@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from onestroke.embedded.fit import fit
+from onestroke.distill.features import FeatureNetwork, load_features
+from onestroke.embedded.fit import ImagesAt, fit, stack_images
 
 LATENT_CHANNELS = 8  # 4, as in SDXL, lost mouths and mixed up colours after equal training
 
 
 @dataclass(frozen=True)
 class AutoencoderRecipe:
-    num_images: int = 36_000
+    num_images: int = 84_000
     batch_size: int = 8
     learning_rate: float = 1e-3
     kl_weight: float = 5e-4  # per latent element, beside the per-pixel distances
+    perceptual_weight: float = 0.5
 
 
 def build_autoencoder() -> AutoencoderKL:
@@ -37,8 +41,16 @@ def build_autoencoder() -> AutoencoderKL:
     )
 
 
-def autoencoder_loss(vae: AutoencoderKL, images: Tensor, noise: Tensor, *, kl_weight: float) -> Tensor:
-    """Per-pixel L1 and squared distance plus the per-element Kullback-Leibler distance of the latents from N(0, 1).
+def autoencoder_loss(
+    vae: AutoencoderKL,
+    images: Tensor,
+    noise: Tensor,
+    *,
+    kl_weight: float,
+    perceptual: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Per-pixel L1 and squared distance, a perceptual distance, and the per-element Kullback-Leibler distance of the
+    latents from N(0, 1).
 
     `images` b 3 h w in [-1, 1]; `noise` standard normal of the latents' shape.
     """
@@ -46,20 +58,35 @@ def autoencoder_loss(vae: AutoencoderKL, images: Tensor, noise: Tensor, *, kl_we
     decoded = vae.decode(posterior.mean + posterior.std * noise).sample
     divergence = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
     error = decoded - images
-    return error.abs().mean() + error.square().mean() + kl_weight * divergence
+    return error.abs().mean() + error.square().mean() + perceptual(decoded, images) + kl_weight * divergence
+
+
+def perceptual_distance(features: FeatureNetwork, one: Tensor, two: Tensor) -> Tensor:
+    """Mean squared distance of channel-normalised features, averaged over layers (LPIPS without its learnt weights,
+    arXiv 1801.03924, section 3); no gradient to `two`."""
+    with torch.no_grad():
+        wanted = features(two)
+    pairs = zip(features(one), wanted, strict=True)
+    return torch.stack(
+        [(F.normalize(a.float()) - F.normalize(b.float())).square().sum(1).mean() for a, b in pairs]
+    ).mean()
 
 
 def train_autoencoder(
-    out: Path, images_at, recipe: AutoencoderRecipe = AutoencoderRecipe(), *, log=print
+    out: Path, images_at: ImagesAt, recipe: AutoencoderRecipe = AutoencoderRecipe(), *, log=print
 ) -> AutoencoderKL:
-    """Train on `images_at(index) -> uint8 h w 3`; resumes from the checkpoint in `out`. Sets `scaling_factor`."""
+    """Train on `images_at(index) -> uint8 h w 3`; resumes from the checkpoint in `out`. Its latents end normalised."""
     torch.manual_seed(0)
     vae = build_autoencoder().to(memory_format=torch.channels_last)
+    features = load_features("efficientnet-lite0")
+
+    def perceptual(decoded: Tensor, images: Tensor) -> Tensor:
+        return recipe.perceptual_weight * perceptual_distance(features, decoded, images)
 
     def loss(images: Tensor, indices: Tensor, generator: torch.Generator) -> Tensor:
         side = images.shape[-1] // 8
         noise = torch.randn(len(images), LATENT_CHANNELS, side, side, generator=generator)
-        return autoencoder_loss(vae, images, noise, kl_weight=recipe.kl_weight)
+        return autoencoder_loss(vae, images, noise, kl_weight=recipe.kl_weight, perceptual=perceptual)
 
     fit(
         vae,
@@ -71,15 +98,23 @@ def train_autoencoder(
         learning_rate=recipe.learning_rate,
         log=log,
     )
-    vae.register_to_config(scaling_factor=_scaling_factor(vae, images_at))
+    normalise_latents(vae, [stack_images(map(images_at, range(n, n + 32))) for n in range(0, 512, 32)])
     return vae
 
 
-@torch.inference_mode()
-def _scaling_factor(vae: AutoencoderKL, images_at, *, num_images: int = 512) -> float:
-    """1 / standard deviation of the latents, so that diffusion sees unit variance (LDM, arXiv 2112.10752, 3.2)."""
-    from onestroke.embedded.fit import stack_images
+@torch.no_grad()
+def normalise_latents(vae: AutoencoderKL, batches: Sequence[Tensor]) -> None:
+    """Give every latent channel mean 0 and variance 1 over `batches` (b 3 h w), with a scaling factor of 1.
 
-    batches = [range(first, first + 32) for first in range(0, num_images, 32)]
-    latents = [vae.encode(stack_images(map(images_at, batch))).latent_dist.mean for batch in batches]
-    return 1.0 / torch.cat(latents).std().item()
+    The 1x1 convolutions at the VAE's waist take the change up, so the VAE computes the same pictures. One factor for
+    all channels, as in LDM (arXiv 2112.10752, 3.2), would leave them up to fourfold apart, and the noise with them.
+    """
+    latents = torch.cat([vae.encode(images).latent_dist.mean for images in batches])
+    mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    into, out_of, channels = vae.quant_conv, vae.post_quant_conv, len(mean)
+    into.weight[:channels] /= std[:, None, None, None]
+    into.bias[:channels] = (into.bias[:channels] - mean) / std
+    into.bias[channels:] -= 2 * std.log()  # the logarithm of the posterior's variance
+    out_of.bias += out_of.weight[:, :, 0, 0] @ mean
+    out_of.weight *= std[None, :, None, None]
+    vae.register_to_config(scaling_factor=1.0)

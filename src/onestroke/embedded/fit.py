@@ -96,12 +96,12 @@ def fit(
         torch._foreach_lerp_(average, [p.detach() for p in model.parameters()], 1 - decay)
         running = loss.item() if step == 1 else 0.98 * running + 0.02 * loss.item()
         if step % checkpoint_every == 0:
-            rate = (done - since) / (time.monotonic() - started)
-            log(f"{done}/{num_images} pictures, loss {running:.4f}, {rate:.1f} pictures/s")
             _save(
                 {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "done": done},
                 path,
             )
+            rate = (done - since) / (time.monotonic() - started)
+            log(f"{done}/{num_images} pictures, loss {running:.4f}, {rate:.1f} pictures/s")
     with torch.no_grad():
         for parameter, mean in zip(model.parameters(), average, strict=True):
             parameter.copy_(mean)

@@ -6,7 +6,7 @@ It measures prompt adherence, and its features carry the Fréchet and kernel dis
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,14 +24,17 @@ WIDTHS = (24, 48, 80, 104)
 FEATURE_WIDTH = 128
 
 
+def _conv(before: int, width: int, *, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(before, width, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width))
+
+
 class _Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.first, self.second = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
-        self.norm_1, self.norm_2 = nn.GroupNorm(8, width), nn.GroupNorm(8, width)
+        self.first, self.second = _conv(width, width), _conv(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.second(F.silu(self.norm_2(self.first(F.silu(self.norm_1(x))))))
+        return F.relu(x + self.second(F.relu(self.first(x))))
 
 
 class Judge(nn.Module):
@@ -40,10 +43,10 @@ class Judge(nn.Module):
     def __init__(self, values: Mapping[str, Sequence[str]]) -> None:
         super().__init__()
         self.values = {name: (NOTHING, *names) for name, names in values.items()}
-        layers: list[nn.Module] = [nn.Conv2d(3, WIDTHS[0], 3, stride=2, padding=1)]  # 128 -> 64
+        layers: list[nn.Module] = [_conv(3, WIDTHS[0], stride=2), nn.ReLU()]  # 128 -> 64
         for before, width in zip(WIDTHS, WIDTHS[1:], strict=False):
-            layers += [nn.SiLU(), nn.Conv2d(before, width, 3, stride=2, padding=1), _Block(width)]
-        self.trunk = nn.Sequential(*layers, _Block(WIDTHS[-1]), nn.GroupNorm(8, WIDTHS[-1]), nn.SiLU())
+            layers += [_conv(before, width, stride=2), nn.ReLU(), _Block(width)]
+        self.trunk = nn.Sequential(*layers, _Block(WIDTHS[-1]))
         self.project = nn.Linear(2 * WIDTHS[-1], FEATURE_WIDTH)
         self.heads = nn.Linear(FEATURE_WIDTH, sum(map(len, self.values.values())))
 
@@ -55,7 +58,7 @@ class Judge(nn.Module):
     def logits(self, features: Float[Tensor, "b 128"]) -> dict[str, Tensor]:
         """Per attribute, b v: unnormalised log-probabilities over `values[attribute]`."""
         sizes = [len(names) for names in self.values.values()]
-        parts = self.heads(F.silu(features)).float().split(sizes, dim=1)
+        parts = self.heads(F.relu(features)).float().split(sizes, dim=1)
         return dict(zip(self.values, parts, strict=True))
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
@@ -103,10 +106,24 @@ def new_judge() -> Judge:
     return Judge(judged_values())
 
 
+@torch.no_grad()
+def settle_norms(judge: Judge, batches: Iterable[Tensor]) -> None:
+    """Measure the batch norms' statistics anew: averaged weights do not go with those of the last ones."""
+    norms = [module for module in judge.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over the batches
+    judge.train()
+    for images in batches:
+        judge(images)
+    judge.eval()
+
+
 def save_judge(judge: Judge, path: Path) -> None:
     """Weights in float16 with the vocabulary in the file's metadata."""
     values = {name: names[1:] for name, names in judge.values.items()}
-    state = {key: value.half().contiguous() for key, value in judge.state_dict().items()}
+    halved = {k: v.half() if v.is_floating_point() else v for k, v in judge.state_dict().items()}
+    state = {k: v.contiguous() for k, v in halved.items()}
     save_file(state, path, metadata={"values": json.dumps(values)})
 
 
@@ -116,5 +133,5 @@ def load_judge(path: Path) -> Judge:
 
     with safe_open(path, "pt") as file:
         judge = Judge(json.loads(file.metadata()["values"]))
-    judge.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
     return judge.requires_grad_(False).eval().to(memory_format=torch.channels_last)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +15,8 @@ from onestroke.data.source import Source, batches, cut, picture_at, place
 from onestroke.distill.denoising import Denoising, DenoisingSettings
 from onestroke.embedded.architecture import build_pipeline
 from onestroke.embedded.autoencoder import AutoencoderRecipe, train_autoencoder
-from onestroke.embedded.fit import fit
-from onestroke.embedded.judge import Judge, judge_loss, labels_of, load_judge, new_judge, save_judge
+from onestroke.embedded.fit import fit, stack_images
+from onestroke.embedded.judge import Judge, judge_loss, labels_of, load_judge, new_judge, save_judge, settle_norms
 from onestroke.export import export_folder
 from onestroke.families.load import from_pipeline
 from onestroke.train.method import OptimizerSettings
@@ -29,7 +29,7 @@ class PretrainRecipe:
     """Pictures seen by each stage. The defaults take about 2 hours on 2 cores."""
 
     size: int = 128  # pixels a side
-    vae_images: int = 34_000
+    vae_images: int = 84_000
     judge_images: int = 40_000
     teacher_images: int = 200_000
     batch_size: int = 32
@@ -65,11 +65,19 @@ def pretrain_judge(out: Path, recipe: PretrainRecipe, *, log: Callable[[str], No
             out / "judge",
             num_images=recipe.judge_images,
             batch_size=32,
-            learning_rate=2e-3,
+            learning_rate=3e-3,
             log=log,
         )
+        settle_norms(judge, _fresh_batches(source.size))
         save_judge(judge, path)
     return load_judge(path)
+
+
+def _fresh_batches(size: int) -> Iterator[torch.Tensor]:
+    """20 batches of 64 training pictures."""
+    source = ComicSource(1280, size=size)
+    for first in range(0, 1280, 64):
+        yield stack_images(source.read(index).image for index in range(first, first + 64))
 
 
 def pretrain_teacher(

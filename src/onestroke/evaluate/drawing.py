@@ -56,8 +56,9 @@ def contenders(
 ) -> list[Contender]:
     """The guided teacher, which the others compare with, and the student at each step count. See `time_parts`."""
     time_parts(timer, *{id(pipeline): pipeline for pipeline in (student, teacher)}.values())
-    first = contender(teacher, f"teacher, {_steps(teacher_steps)}", steps=teacher_steps, guidance=guidance,
-                      prompts=prompts)
+    first = contender(
+        teacher, f"teacher, {_steps(teacher_steps)}", steps=teacher_steps, guidance=guidance, prompts=prompts
+    )
     return [first, *(contender(student, f"student, {_steps(n)}", steps=n, prompts=prompts) for n in student_steps)]
 
 

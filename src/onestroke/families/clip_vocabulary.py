@@ -40,6 +40,11 @@ def clip_vocabulary() -> dict[str, int]:
 def clip_tokenizer(*, pad_token: str = END, model_max_length: int = 77) -> CLIPTokenizer:
     """CLIP's tokenizer. `pad_token` is END for SD 1.x and SDXL's first encoder, "!" for SD 2.x and SDXL's second."""
     return CLIPTokenizer(
-        vocab=clip_vocabulary(), merges=list(_merges()), bos_token=START, eos_token=END, unk_token=END,
-        pad_token=pad_token, model_max_length=model_max_length,
+        vocab=clip_vocabulary(),
+        merges=list(_merges()),
+        bos_token=START,
+        eos_token=END,
+        unk_token=END,
+        pad_token=pad_token,
+        model_max_length=model_max_length,
     )

@@ -101,8 +101,11 @@ def _unet_block(words: list[str], config: Mapping) -> str | None:
     """The LDM module of down_blocks.b.kind.i or up_blocks.b.kind.i: LDM numbers the layers of all blocks in one row."""
     per_block = config["layers_per_block"]
     if not isinstance(per_block, int):
-        raise ModelError("a UNet with different numbers of layers in its blocks has no single-file layout",
-                         where="layers_per_block", fix="Save it as a diffusers folder.")
+        raise ModelError(
+            "a UNet with different numbers of layers in its blocks has no single-file layout",
+            where="layers_per_block",
+            fix="Save it as a diffusers folder.",
+        )
     side, block, kind, layer = words[0], int(words[1]), words[2], int(words[3])
     place = {"resnets": 0, "attentions": 1}
     if side == "down_blocks":
@@ -216,5 +219,8 @@ def _present(module: str | None, name: str) -> str:
 
 
 def _no_place(name: str) -> ModelError:
-    return ModelError("the single-file layout has no place for this tensor", where=name,
-                      fix="Fuse LoRA layers and unwrap compiled models first, or save a diffusers folder.")
+    return ModelError(
+        "the single-file layout has no place for this tensor",
+        where=name,
+        fix="Fuse LoRA layers and unwrap compiled models first, or save a diffusers folder.",
+    )

@@ -85,22 +85,27 @@ def load_single_file(
         raise
     except Exception as error:  # diffusers, transformers and safetensors each raise their own kinds
         line = (str(error).strip().splitlines() or [""])[0][:200]
-        raise ModelError(f"the checkpoint cannot be loaded ({type(error).__name__}: {line})", where=str(path),
-                         fix=_FIX) from error
+        raise ModelError(
+            f"the checkpoint cannot be loaded ({type(error).__name__}: {line})", where=str(path), fix=_FIX
+        ) from error
 
 
 def read_header(path: Path) -> Header:
     """Tensor shapes and metadata of a safetensors file."""
     if path.suffix != ".safetensors":
-        raise ModelError("only .safetensors checkpoints are read", where=str(path),
-                         fix="Convert the checkpoint: pickled files can run code.")
+        raise ModelError(
+            "only .safetensors checkpoints are read",
+            where=str(path),
+            fix="Convert the checkpoint: pickled files can run code.",
+        )
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - not a mapping
             return Header(path, shapes, dict(file.metadata() or {}))
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"this file is not a readable safetensors file ({error})", where=str(path),
-                         fix="Download or copy it again.") from error
+        raise ModelError(
+            f"this file is not a readable safetensors file ({error})", where=str(path), fix="Download or copy it again."
+        ) from error
 
 
 _FOREIGN = {
@@ -124,7 +129,9 @@ def recognise(header: Header) -> str:
     if not header.has(ldm_keys.VAE_PREFIX) and not header.has("vae."):
         raise _unsupported(header, "this checkpoint has no VAE")
     families = {
-        "sdxl": ldm_keys.SDXL_OPEN_CLIP_PREFIX, "sd15": ldm_keys.SD_CLIP_PREFIX, "sd2": ldm_keys.SD_OPEN_CLIP_PREFIX
+        "sdxl": ldm_keys.SDXL_OPEN_CLIP_PREFIX,
+        "sd15": ldm_keys.SD_CLIP_PREFIX,
+        "sd2": ldm_keys.SD_OPEN_CLIP_PREFIX,
     }
     found = [family for family, prefix in families.items() if header.has(prefix)]
     if len(found) != 1:
@@ -168,8 +175,11 @@ def _needed(class_name: str) -> list[str]:
 
 
 def _damaged(header: Header) -> ModelError:
-    return ModelError("the configs in this checkpoint's metadata are damaged", where=f"{header.path}: {CONFIG_KEY}",
-                      fix="Export the model again.")
+    return ModelError(
+        "the configs in this checkpoint's metadata are damaged",
+        where=f"{header.path}: {CONFIG_KEY}",
+        fix="Export the model again.",
+    )
 
 
 def with_prediction(configs: Configs, header: Header, override: PredictionType | None, *, is_own: bool) -> Configs:
@@ -194,8 +204,11 @@ def stated_prediction(header: Header) -> PredictionType | None:
     stated = header.metadata.get("modelspec.prediction_type")
     if stated is None or stated in _MODELSPEC_PREDICTION:
         return _MODELSPEC_PREDICTION.get(stated or "")
-    raise ModelError(f"prediction type {stated!r} is not known", where=f"{header.path}: modelspec.prediction_type",
-                     fix=f"Load it with prediction_type= one of {', '.join(PREDICTION_TYPES)}.")
+    raise ModelError(
+        f"prediction type {stated!r} is not known",
+        where=f"{header.path}: modelspec.prediction_type",
+        fix=f"Load it with prediction_type= one of {', '.join(PREDICTION_TYPES)}.",
+    )
 
 
 def _check_unet(header: Header, configs: Configs) -> None:
@@ -209,8 +222,11 @@ def _check_unet(header: Header, configs: Configs) -> None:
     expected = ldm_keys.to_ldm(state, partial(ldm_keys.unet_place, config=config), ldm_keys.UNET_PREFIX)
     for key, tensor in expected.items():
         if header.shapes.get(key) != tuple(tensor.shape):
-            raise _unsupported(header, f"the UNet is of another architecture ({key} should be {list(tensor.shape)}, "
-                                       f"is {list(header.shapes[key]) if key in header.shapes else 'missing'})")
+            raise _unsupported(
+                header,
+                f"the UNet is of another architecture ({key} should be {list(tensor.shape)}, "
+                f"is {list(header.shapes[key]) if key in header.shapes else 'missing'})",
+            )
     surplus = [key for key in header.shapes if key.startswith(ldm_keys.UNET_PREFIX) and key not in expected]
     if surplus:
         raise _unsupported(header, f"the UNet is of another architecture ({surplus[0]} is not known)")
