@@ -1,6 +1,7 @@
 """Put trained embedded models into the package, in float16, stored once each.
 
-    python benchmarks/pack_embedded.py --teacher runs/pretrain/teacher [--student runs/mini/student] [--judge runs/pretrain/judge/judge.safetensors]
+    python benchmarks/pack_embedded.py --teacher runs/pretrain/teacher --student runs/mini/student \\
+        --judge runs/pretrain/judge/judge.safetensors
 
 Prints the size of all weights together (at most 40 MB).
 """

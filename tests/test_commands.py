@@ -303,8 +303,9 @@ def test_minutes_bound_the_stages_together(monkeypatch, tmp_path):
     assert calls[3:] == ["vae"]
 
 
-def test_a_stage_past_its_time_stops_once_something_is_saved():
-    log = pretrain.stage_log("vae", 5.0, paper(), clock=lambda: 6.0)
+def test_a_stage_stops_at_the_first_saving_past_its_time():
+    times = iter([4.0, 6.0])
+    log = pretrain.stage_log("vae", 5.0, paper(), clock=lambda: next(times))
     log("100 pictures")
     with pytest.raises(pretrain.OutOfTime):
         log("200 pictures")

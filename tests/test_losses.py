@@ -59,7 +59,7 @@ def linear_heads() -> tuple[list, list, torch.Tensor]:
 
 
 def test_r1_is_the_squared_gradient_of_each_pictures_summed_logits():
-    logits, features, weight = linear_heads()
+    logits, features, _ = linear_heads()
     # Head 1: each of 3 tokens has gradient (3, 4), squared norm 25. Head 2: each of 4 positions has 2 * 3, squared 36.
     assert r1_penalty(logits, features, gamma=1.0).item() == pytest.approx(3 * 25 + 4 * 36)
     assert r1_penalty(*linear_heads()[:2]).item() == pytest.approx(1e-5 * 219)

@@ -27,7 +27,7 @@ class AutoencoderRecipe:
 
 
 def build_autoencoder() -> AutoencoderKL:
-    """An untrained VAE. 16 channels at full resolution: the decoder's cost, and with it the 1-step latency, lie there."""
+    """An untrained VAE. 16 channels at full resolution: the decoder's cost, and the 1-step latency, lie there."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,

@@ -140,8 +140,8 @@ def _distance(measured: Measured) -> Figure:
         readings.append(Reading(label, values[label], interval.low, interval.high, _role(label), targets))
     return Figure(
         "Fréchet distance",
-        "How far the pictures of a model, as a crowd, are from real held-out ones: their average look and their variety "
-        "in one number. Two sets of real pictures are not at 0 either; they are the floor.",
+        "How far the pictures of a model, as a crowd, are from real held-out ones: their average look and their "
+        "variety in one number. Two sets of real pictures are not at 0 either; they are the floor.",
         tuple(readings),
         "lower",
         "number",

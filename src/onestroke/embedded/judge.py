@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ class Judge(nn.Module):
         super().__init__()
         self.values = {name: (NOTHING, *names) for name, names in values.items()}
         layers: list[nn.Module] = [_conv(3, WIDTHS[0], stride=2), nn.ReLU()]  # 128 -> 64
-        for before, width in zip(WIDTHS, WIDTHS[1:], strict=False):
+        for before, width in pairwise(WIDTHS):
             layers += [_conv(before, width, stride=2), nn.ReLU(), _Block(width)]
         self.trunk = nn.Sequential(*layers, _Block(WIDTHS[-1]))
         self.project = nn.Linear(2 * WIDTHS[-1], FEATURE_WIDTH)
@@ -74,7 +75,7 @@ def labels_of(character: Character, values: Mapping[str, Sequence[str]]) -> list
     """The index of each attribute's value, 0 for nothing, `IGNORED` for what the style has but this picture hides."""
     style = load_style(character.style)
     known = {"style": character.style, **character.values}
-    drawn_but_hidden = {name for name in _hidden(character)}
+    drawn_but_hidden = _hidden(character)
     labels = []
     for name, names in values.items():
         if name in known:

@@ -120,7 +120,7 @@ def load_style(name: str) -> Style:
     for value in next(a for a in attributes if a.role == "hair").values:
         if uncolored.issuperset(*value.draw.values()):
             fact = ("hair", value.name)
-            never_named[fact] = never_named.get(fact, ()) + ("hair color",)
+            never_named[fact] = (*never_named.get(fact, ()), "hair color")
     place = spec["placement"]
     return Style(
         name,
