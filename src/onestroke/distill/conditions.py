@@ -34,8 +34,8 @@ class TextEmbedder(nn.Module):
         """`condition` is the teacher's: its pooled embedding, or (SD has none) its hidden states' mean over tokens."""
         if self.encoder is not None:
             ids = token_ids(self.tokenizer, captions).to(condition.text.device)
-            return self.encoder(ids).text_embeds.float()
-        return (condition.text.mean(dim=1) if condition.pooled is None else condition.pooled).float()
+            return self.encoder(ids).text_embeds
+        return condition.text.mean(dim=1) if condition.pooled is None else condition.pooled
 
 
 class ImageEmbedder(nn.Module):
@@ -52,7 +52,7 @@ class ImageEmbedder(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        return self.network.embed(images).float()
+        return self.network.embed(images)
 
 
 def _load_clip(source: str):
