@@ -319,7 +319,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     assert [path.name[-6:-3] for path in list_checkpoints(tmp_path / "checkpoints")] == ["036", "040"]
 
 
-def half_then(error: Exception):
+def half_then(error: BaseException):
     def save(state, file):
         file.write(b"half of a checkpoint")
         raise error
@@ -356,6 +356,16 @@ def test_a_device_that_is_really_full_is_one_line(tmp_path):
     (tmp_path / "images-000000000004.tmp").symlink_to("/dev/full")
     with pytest.raises(ResourceError, match="No space left on device"):
         save_checkpoint({"images": 4, "weights": torch.zeros(100_000)}, tmp_path)
+    assert load_newest(tmp_path)["images"] == 0
+
+
+def test_a_save_that_is_cut_off_leaves_nothing_under_a_checkpoints_name(tmp_path, monkeypatch):
+    """As a kill in the middle of writing would: no handler runs."""
+    save_checkpoint(duel().state(), tmp_path)
+    monkeypatch.setattr(checkpoint.torch, "save", half_then(SystemExit()))
+    with pytest.raises(SystemExit):
+        save_checkpoint({"images": 4}, tmp_path)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["images-000000000000.pt"]
     assert load_newest(tmp_path)["images"] == 0
 
 
