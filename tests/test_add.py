@@ -548,7 +548,7 @@ def test_a_size_that_the_model_cannot_draw_is_refused_before_anything_runs(pictu
         onestroke.distill(recipe, tmp_path / "run")
 
 
-def test_too_many_broken_pictures_stop_the_run_at_the_recipes_share(pictures, tmp_path):
+def test_broken_pictures_are_reported_and_too_many_stop_the_run(pictures, tmp_path, caplog):
     folder = write_folder(tmp_path / "pictures")
     (folder / "0.png").write_bytes(b"broken")
     tiny_sd().save_pretrained(tmp_path / "teacher")
@@ -557,6 +557,7 @@ def test_too_many_broken_pictures_stop_the_run_at_the_recipes_share(pictures, tm
     with pytest.raises(DataError, match="broken"):
         onestroke.distill(tiny_recipe(*lines, "data.max_broken_share=0"), tmp_path / "strict")
     assert onestroke.distill(tiny_recipe(*lines, "data.max_broken_share=0.9"), tmp_path / "lenient").is_dir()
+    assert "1 of" in caplog.text and "0.png" in caplog.text
 
 
 def test_some_steps_bring_the_student_nearer_to_its_teacher():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -43,7 +44,8 @@ def distill(
     """Distil a teacher by ADD; returns the folder of the student, a diffusers pipeline.
 
     `recipe`: a `Recipe`, a YAML file, or a packaged name. `overrides`: "section.key=value". A run that was stopped is
-    continued from `out`. `observe(progress, seconds_left)` is called after every step.
+    continued from `out`; broken pictures are skipped, counted and logged at the end.
+    `observe(progress, seconds_left)` is called after every step.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
@@ -84,6 +86,8 @@ def distill(
         on_samples=painter,
         sample_images=settings.sample_images,
     )
+    if broken:
+        logging.getLogger(__name__).warning("%s", broken)
     return export_student(trainer, teacher, recipe, out / "student")
 
 
