@@ -3,7 +3,7 @@
     python benchmarks/teacher_guidance.py [--num-images 500] [--steps 25]
 
 Prints, for each scale and sampler, the Fréchet distance to real validation pictures and the prompt adherence, both by
-the judge. The scale in `onestroke.embedded.GUIDANCE` is the one that this picked; held-out pictures play no part.
+the judge. The scale that it finds best belongs into `onestroke.embedded.GUIDANCE`; held-out pictures play no part.
 """
 
 from __future__ import annotations

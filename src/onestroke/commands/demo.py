@@ -81,9 +81,8 @@ def demo_report(recipe: Recipe, student_folder: Path, out: Path, *, minutes: flo
         notes=(
             Note(
                 "A short run",
-                "This student is some minutes old; the one that ships in the package, which "
-                "`onestroke generate` draws with, has trained longer. `onestroke report` measures that one, beside the "
-                "teacher's 50 steps.",
+                "This student is some minutes old, and so are its figures. `onestroke report` measures any student, "
+                "the shipped one by default, beside the teacher's 50 steps.",
             ),
         ),
     )
