@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 from einops import reduce
@@ -92,23 +93,21 @@ def grid_amplitude(
 ) -> Interval:
     """The grid that pictures a have and pictures b have not: its root mean square in grey levels, 0 without one.
 
-    Rows pair up. The root of the product of the mean difference in one quarter with that in the quarter across, which
-    shares neither rows nor columns with it; and only products of different pictures. So neither chance nor content that
-    all pictures have in one place counts, but only what repeats over the whole picture. Jackknife interval.
+    Rows pair up. The root of the product of the mean difference in one quarter with that in another, of different
+    pictures only; of the six pairs of quarters the least counts. So neither chance nor content that all pictures have
+    in one place makes a grid, but only what repeats over the whole picture. Jackknife interval.
     """
-    difference = folded_a - folded_b
-    quarters = np.split(difference, 4, axis=1)
-    one, other = (np.concatenate(some, axis=1) for some in (quarters[0::2], quarters[1::2]))
-    size = int(blocks.max()) + 1
-    sums_one, sums_other = (np.stack([x[blocks == k].sum(axis=0) for k in range(size)]) for x in (one, other))
-    same = np.bincount(blocks, (one * other).sum(axis=1))
-    counts = np.bincount(blocks)
+    quarters = np.split(folded_a - folded_b, 4, axis=1)
+    size, counts = int(blocks.max()) + 1, np.bincount(blocks)
+    sums = [np.stack([quarter[blocks == k].sum(axis=0) for k in range(size)]) for quarter in quarters]
+    pairs = list(combinations(range(4), 2))
+    same = np.stack([np.bincount(blocks, (quarters[i] * quarters[j]).sum(axis=1)) for i, j in pairs])  # pair block
     values = []
     for left_out in (-1, *range(size)):
         keep = np.arange(size) != left_out
-        product = sums_one[keep].sum(axis=0) @ sums_other[keep].sum(axis=0) - same[keep].sum()
-        n = counts[keep].sum()
-        values.append(product / (n * (n - 1)) / one.shape[1])
+        total, n = [some[keep].sum(axis=0) for some in sums], counts[keep].sum()
+        products = [total[i] @ total[j] - same[k, keep].sum() for k, (i, j) in enumerate(pairs)]
+        values.append(min(products) / (n * (n - 1)) / quarters[0].shape[1])
     interval = Replicates(float(values[0]), np.array(values[1:])).interval()
     return Interval(*(float(np.sqrt(max(0.0, end))) for end in (interval.value, interval.low, interval.high)))
 
