@@ -331,16 +331,25 @@ def test_the_time_left_counts_only_what_is_still_to_be_drawn(tmp_path):
     now, told = [0.0], []
     plan = plan_of(task_of(tmp_path, with_floor=False))
     effort = Effort(plan, lambda *said: told.append(said), clock=lambda: now[0])
-    base = next(i for i, pictures in enumerate(effort.sets) if pictures.label == plan.base)
-    now[0] = 100.0
-    effort.tell(base, 40)
-    label, done, total, left = told[-1]
-    assert (label, done, total) == ("teacher, 20 steps", 40, 40)
-    assert left == pytest.approx(100 * (effort.total - effort.spent) / effort.spent)
-    assert effort.costs[base] == 41  # 20 steps, each with and without the prompt, and the VAE
+    place = {pictures.label: i for i, pictures in enumerate(effort.sets)}
+    for label, seconds in (
+        ("ref", 10.0),
+        ("real pictures", 20.0),
+        ("teacher, 1 step", 60.0),
+        ("teacher, 20 steps", 500.0),
+    ):
+        now[0] += seconds
+        effort.tell(place[label], 40)
+    # nothing is told while the pace of drawing is unknown
+    assert [said[3] for said in told[:2]] == [None, None]
+    assert told[3][:3] == ("teacher, 20 steps", 40, 40)
+    # 41 UNet and VAE evaluations a picture at 20 guided steps, 2 at 1 step; 1.5 to look at it. Drawn: 40 pictures of
+    # either. Left: the student's 40 at 1 step, then 5 seeds of 40 prompts of all three.
+    done, left = 40 * (3.5 + 42.5), 40 * 3.5 + 200 * (3.5 + 42.5 + 3.5)
+    assert told[3][3] == pytest.approx(560 * left / done)
     find(task_of(tmp_path, with_floor=False), colour_looking())
     again = Effort(plan, lambda *said: None)
-    assert again.total < 0.1 * effort.total
+    assert sum(again.works) == 1.5 * (5 * 40 + 3 * 200)  # to be looked at only
 
 
 # networks and scorers

@@ -16,7 +16,7 @@ from onestroke.evaluate.pictures import DrawnSet, Failed, PictureSet, Role
 from onestroke.evaluate.prompts import PromptSet
 
 CHUNK = 100  # pictures that are held at once
-QUICK = 0.3  # what a picture that is not drawn costs, in UNet evaluations: to be read and looked at
+LOOK = 1.5  # what it costs to read a picture and look at it, in UNet evaluations (of the embedded model)
 OnProgress = Callable[[str, int, int, float | None], None]  # what, done, total, seconds left
 
 
@@ -81,36 +81,50 @@ class Collected:
 
 
 class Effort:
-    """Counts work in UNet evaluations, and from the pace so far tells the time that is left."""
+    """Counts work in UNet evaluations, and from the pace so far tells the time that is left.
+
+    Real pictures and drawn ones go at a pace each; no time is told before the first of a kind that is still to come.
+    """
 
     def __init__(self, plan: Plan, on_progress: OnProgress, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self.on_progress, self.clock, self.started = on_progress, clock, clock()
+        self.on_progress, self.clock, self.told = on_progress, clock, clock()
         self.sets = [plan.reference, *plan.sets, *plan.varied.values()]
         self.costs = [_cost(pictures) for pictures in self.sets]
-        self.undrawn = [s.missing() if isinstance(s, DrawnSet) else 0 for s in self.sets]
-        self.total = sum(_whole(*x) for x in zip(self.sets, self.costs, self.undrawn, strict=True))
-        self.spent = 0.0
+        self.works = [_work(pictures, cost) for pictures, cost in zip(self.sets, self.costs, strict=True)]
+        self.done = [0.0] * len(self.sets)  # of each set's work
+        self.seconds = {True: 0.0, False: 0.0}  # spent on sets that are drawn, and on others
 
     def tell(self, place: int, done: int) -> None:
         """Set number `place` has `done` of its pictures."""
-        pictures, earlier = self.sets[place], slice(0, place)
-        before = zip(self.sets[earlier], self.costs[earlier], self.undrawn[earlier], strict=True)
-        this = _whole(pictures, self.costs[place], self.undrawn[place]) * done / max(1, len(pictures))
-        self.spent = sum(_whole(*x) for x in before) + this
-        elapsed = self.clock() - self.started
-        is_telling = elapsed > 5 and self.spent > 0.01 * self.total
-        left = elapsed * (self.total - self.spent) / self.spent if is_telling else None
-        self.on_progress(pictures.label, done, len(pictures), left)
+        pictures, now = self.sets[place], self.clock()
+        self.seconds[isinstance(pictures, DrawnSet)] += now - self.told
+        self.told = now
+        self.done[place] = self.works[place] * done / max(1, len(pictures))
+        self.on_progress(pictures.label, done, len(pictures), self.seconds_left())
+
+    def seconds_left(self) -> float | None:
+        """None until every kind of set with work left has been worked on for some seconds."""
+        left = 0.0
+        for is_drawn, seconds in self.seconds.items():
+            of = [i for i, pictures in enumerate(self.sets) if isinstance(pictures, DrawnSet) == is_drawn]
+            done = sum(self.done[i] for i in of)
+            remaining = sum(self.works[i] for i in of) - done
+            if remaining > 1e-9 and (seconds < 5 or not done):
+                return None
+            left += seconds * remaining / done if done else 0.0
+        return left
 
 
 def _cost(pictures: PictureSet) -> float:
+    """What a picture costs that is to be drawn."""
     if not isinstance(pictures, DrawnSet):
-        return QUICK
+        return 0.0
     return pictures.way.steps * (2 if pictures.way.guidance > 1 else 1) + 1.0  # and the VAE
 
 
-def _whole(pictures: PictureSet, cost: float, undrawn: int) -> float:
-    return undrawn * cost + len(pictures) * QUICK
+def _work(pictures: PictureSet, cost: float) -> float:
+    undrawn = pictures.missing() if isinstance(pictures, DrawnSet) else 0
+    return undrawn * cost + len(pictures) * LOOK
 
 
 def collect(
