@@ -36,11 +36,12 @@ from onestroke.evaluate.figures import flags_of
 from onestroke.evaluate.findings import Measured, Missing
 from onestroke.evaluate.gate import judge_gate, parse_gate
 from onestroke.evaluate.intervals import paired_bootstrap
-from onestroke.evaluate.measures import Networks
+from onestroke.evaluate.measures import measure_all
 from onestroke.evaluate.observer import Observer, fingerprint, looks
 from onestroke.evaluate.pictures import DrawnSet, Failed, Order, RealSet, Way, halves, orders_of
 from onestroke.evaluate.prompts import PromptSet, read_prompts, shuffled
 from onestroke.evaluate.report import Report, report_html
+from onestroke.evaluate.scored import Networks, Scored
 from onestroke.evaluate.scorers import OTHER, SCORERS
 from onestroke.evaluate.section import card_section
 from onestroke.sample import draw, make_fast, student_scheduler
@@ -700,6 +701,18 @@ def test_the_worst_pictures_are_the_worst_and_stand_beside_the_teachers(tmp_path
     gallery = next(g for g in report.galleries if g.title.startswith("Contrast"))
     assert len(gallery.tiles) == 16 and gallery.tiles[0].prompt.endswith(" of 18")
     assert (gallery.tiles[0].picture == 90).all() and gallery.tiles[0].beside.std() > 0
+
+
+def test_a_share_of_a_heed_that_may_be_nothing_is_not_told(tmp_path):
+    rng = np.random.default_rng(0)
+    looking = colour_looking()
+    collected = find(task_of(tmp_path), looking).collected
+    noise, sure = rng.standard_normal(40), 1 + 0.1 * rng.standard_normal(40)
+    for teachers, is_told in ((noise, False), (sure, True)):
+        scored = Scored({"adherence": dict.fromkeys(collected.sets, teachers)}, {})
+        found, missing = measure_all(collected, scored, looking.networks)
+        assert any(m.key == "adherence_kept" for m in found) == is_told
+        assert any(one.name == "adherence_kept" for one in missing) == (not is_told)
 
 
 # broken students, made from the embedded model's own pictures

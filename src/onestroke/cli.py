@@ -140,7 +140,8 @@ def evaluate(
     out: Out = Path("runs/evaluate"),
 ) -> None:
     """Measure a student against its teacher on held-out pictures; exits with 3 where the gate fails."""
-    from onestroke.commands.evaluate import Request, parse_steps, parse_weights, run_evaluate
+    from onestroke.commands.evaluate import run_evaluate
+    from onestroke.commands.evaluate_request import Request, parse_steps, parse_weights
 
     request = Request(
         student, teacher, data, out, parse_steps(steps), teacher_steps, prompts, num_images, gate, guidance, size,

@@ -27,10 +27,10 @@ from onestroke.evaluate.drawing import contenders
 from onestroke.evaluate.findings import Note
 from onestroke.evaluate.grids import grid_image
 from onestroke.evaluate.latency import PartTimer, measure_latency
-from onestroke.evaluate.measures import Networks
 from onestroke.evaluate.observer import looks
 from onestroke.evaluate.plots import Chart, Series
 from onestroke.evaluate.report import Report, write_report
+from onestroke.evaluate.scored import Networks
 from onestroke.sample import make_fast
 from onestroke.train.tracking import read_metrics
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import shlex
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,12 +13,13 @@ from rich.console import Console
 
 from onestroke.api import load
 from onestroke.build import device_of
-from onestroke.card import recipe_in, with_evaluation
+from onestroke.card import with_evaluation
 from onestroke.commands.evaluate_output import EvaluationDisplay, machine_facts, print_report
+from onestroke.commands.evaluate_request import COMICSET, Request, command_of, completed, student_recipe
 from onestroke.commands.quiet import cap_threads, quiet_libraries
-from onestroke.config import Recipe, load_recipe
+from onestroke.config import Recipe
 from onestroke.data.folder import FolderSource, open_folder
-from onestroke.embedded import GUIDANCE, STUDENT, TEACHER, embedded_judge, weights_folder
+from onestroke.embedded import STUDENT, TEACHER, embedded_judge
 from onestroke.embedded.held_out import JUDGE, comic_pictures, comic_prompts, judge_observer, value_namer
 from onestroke.errors import RecipeError
 from onestroke.evaluate.compare import (
@@ -36,16 +36,14 @@ from onestroke.evaluate.findings import Measured, Note
 from onestroke.evaluate.gate import Condition, judge_gate, parse_gate
 from onestroke.evaluate.grids import grid_image
 from onestroke.evaluate.latency import LatencyRow, measure_latency
-from onestroke.evaluate.measures import Networks
 from onestroke.evaluate.observer import looks
 from onestroke.evaluate.pictures import RealSet, check_drawable, halves, model_size
 from onestroke.evaluate.prompts import PromptSet, read_prompts, shuffled
 from onestroke.evaluate.report import Report, write_report
+from onestroke.evaluate.scored import Networks
 from onestroke.evaluate.scorers import SCORERS
 from onestroke.evaluate.section import card_section
 
-COMICSET = "comicset"
-DEFAULT_GUIDANCE = 5.0
 GRID_TEACHER_STEPS = (1, 4, 25)  # of the picture grid, beside the teacher's own number
 SHOWN_PROMPTS = (
     "a laughing person with pink hair and round glasses",
@@ -78,29 +76,6 @@ UNKNOWN_NOTE = Note(
     "No recipe was found with the student, so that it is not known which features its discriminator saw. Name them "
     "with --trained-against if they are among those used here.",
 )
-
-
-@dataclass(frozen=True)
-class Request:
-    """What was asked for on the command line; None stands for what the student's recipe or the model says."""
-
-    student: str = STUDENT
-    teacher: str | None = None
-    data: str | None = None
-    out: Path = Path("runs/evaluate")
-    steps: tuple[int, ...] = (1, 2, 4)
-    teacher_steps: int = 50
-    prompts: Path | None = None
-    num_images: int = 1000
-    gate: str = ""
-    guidance: float | None = None
-    size: int | None = None
-    group_by: tuple[str, ...] | None = None
-    weights: Mapping[str, str] = field(default_factory=dict)
-    trained_against: tuple[str, ...] = ()
-    with_floor: bool = True
-    with_latency: bool = True
-    cache: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -138,40 +113,6 @@ def run_evaluate(request: Request, *, console: Console) -> bool:
     )  # fmt: skip
     write_all(report, request, looking, console=console)
     return all(outcome.passed for outcome in report.gate)
-
-
-def student_recipe(student: str) -> Recipe | None:
-    """The recipe that a student was distilled by: in its model card, or beside the folder."""
-    folder = weights_folder() / "student" if student == STUDENT else Path(student)
-    card, beside = folder / "README.md", folder.parent / "recipe.yaml"
-    recipe = recipe_in(card.read_text("utf-8")) if card.is_file() else None
-    if recipe is None and folder.is_dir() and beside.is_file() and student != STUDENT:
-        try:
-            recipe = load_recipe(beside)
-        except RecipeError:
-            return None
-    return recipe
-
-
-def completed(request: Request, recipe: Recipe | None) -> Request:
-    """The request with what the recipe knows. Raises RecipeError where teacher or held-out data stay unknown."""
-    teacher, data = request.teacher, request.data
-    if teacher is None and recipe is not None:
-        teacher = TEACHER if recipe.teacher.source == STUDENT else recipe.teacher.source
-    if data is None and ((recipe is not None and recipe.data.source == COMICSET) or request.student == STUDENT):
-        data = COMICSET
-    if teacher is None:
-        raise RecipeError("no recipe names the teacher", where=request.student, fix="Give --teacher MODEL.")
-    if data is None:
-        raise RecipeError(
-            "there are no pictures to compare with", where=request.student,
-            fix="Give --data FOLDER with captioned pictures that the student was not trained on.",
-        )  # fmt: skip
-    guidance = request.guidance
-    if guidance is None:
-        is_embedded = teacher == TEACHER
-        guidance = GUIDANCE if is_embedded else sum(recipe.teacher.guidance) / 2 if recipe else DEFAULT_GUIDANCE
-    return replace(request, teacher=teacher, data=data, guidance=guidance, cache=request.cache or request.out / "cache")
 
 
 def load_models(request: Request, recipe: Recipe | None) -> Models:
@@ -320,15 +261,6 @@ def facts_of(request: Request, models: Models, count: int) -> dict[str, str]:
     }
 
 
-def command_of(request: Request) -> str:
-    """The command line that measures the same again."""
-    words = ["onestroke", "evaluate", request.student, "--teacher", str(request.teacher), "--data", str(request.data)]
-    words += ["--steps", ",".join(map(str, request.steps)), "--num-images", str(request.num_images)]
-    words += ["--teacher-steps", str(request.teacher_steps), "--guidance", f"{request.guidance:g}"]
-    words += ["--prompts", str(request.prompts)] if request.prompts else []
-    return shlex.join(words)
-
-
 def notes_of(request: Request, recipe: Recipe | None, looking: Looking) -> tuple[Note, ...]:
     seen = SEEN_NOTE if looking.networks.trained_against else None if recipe else UNKNOWN_NOTE
     judge = JUDGE_NOTE if request.data == COMICSET else None
@@ -352,30 +284,6 @@ def write_all(report: Report, request: Request, looking: Looking, *, console: Co
             os.replace(temporary, card)
             written.append(card)
     console.print("written: " + ", ".join(map(str, written)), markup=False, highlight=False, soft_wrap=True)
-
-
-def parse_steps(text: str) -> tuple[int, ...]:
-    """ "1,2,4" -> (1, 2, 4), in rising order. Raises RecipeError."""
-    try:
-        steps = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        steps = [0]
-    if steps[0] < 1:
-        raise RecipeError(f"{text!r} are no numbers of steps", where="--steps", fix="Write for example 1,2,4.")
-    return tuple(steps)
-
-
-def parse_weights(pairs: Sequence[str]) -> dict[str, str]:
-    """ "NAME=PATH" each. Raises RecipeError."""
-    found = {}
-    for pair in pairs:
-        name, separator, path = pair.partition("=")
-        if not separator or not path:
-            raise RecipeError("this has the form NAME=PATH", where=f"--weights {pair}")
-        if not Path(path).exists():
-            raise RecipeError("there is no such file or folder", where=f"--weights {pair}", fix="Check the path.")
-        found[name] = path
-    return found
 
 
 def _listed(steps: Sequence[int]) -> str:

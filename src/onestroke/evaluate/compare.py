@@ -16,7 +16,7 @@ from onestroke.evaluate.figures import Labels, figures_of, flags_of, group_table
 from onestroke.evaluate.findings import Measured, Missing
 from onestroke.evaluate.gate import Condition, judge_gate
 from onestroke.evaluate.grids import Column, Grid, GridRow
-from onestroke.evaluate.measures import Networks, Scored, measure_all, measure_groups, score
+from onestroke.evaluate.measures import measure_all, measure_groups
 from onestroke.evaluate.observer import Observer
 from onestroke.evaluate.pictures import (
     DrawnSet,
@@ -30,6 +30,7 @@ from onestroke.evaluate.pictures import (
 )
 from onestroke.evaluate.prompts import PromptSet
 from onestroke.evaluate.report import Report
+from onestroke.evaluate.scored import Networks, Scored, score
 from onestroke.evaluate.worst import worst_pictures
 
 SPREAD_PROMPTS, SPREAD_SEEDS = 100, 5

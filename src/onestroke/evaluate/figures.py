@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from onestroke.evaluate.catalog import MEASURES, QUESTIONS, goals
 from onestroke.evaluate.findings import Figure, Flag, GroupTable, Measured, Reading, Target
 from onestroke.evaluate.gate import Condition
-from onestroke.evaluate.measures import Networks
+from onestroke.evaluate.scored import Networks
 
 GROUP_KEYS = (
     "adherence_drop", "clip_score_drop", "pickscore_drop", "hpsv2_drop", "saturation_ratio", "contrast_ratio",
@@ -97,10 +97,15 @@ def _teacher_limits(key: str, measured: Sequence[Measured], labels: Labels) -> d
     """What the project asks of an embedded teacher: near the best that its VAE allows, and near real pictures."""
     values = {m.label: m.value for m in measured}
     if key == "fd" and labels.reconstructed in values:
-        return {labels.base: Target("at most", 3 * values[labels.reconstructed], "3 x VAE reconstructions")}
+        return {labels.base: Target("at most", _rounded(3 * values[labels.reconstructed]), "3 x VAE reconstructions")}
     if key == "adherence" and labels.real in values:
-        return {labels.base: Target("at least", 0.85 * values[labels.real], "85% of real pictures")}
+        return {labels.base: Target("at least", _rounded(0.85 * values[labels.real]), "85% of real pictures")}
     return {}
+
+
+def _rounded(value: float) -> float:
+    """Three significant digits: a limit taken from a measurement is no more exact."""
+    return float(f"{value:.3g}")
 
 
 def flags_of(measured: Sequence[Measured], *, base_steps: int | None) -> tuple[Flag, ...]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from onestroke.errors import RecipeError
 from onestroke.evaluate.catalog import MEASURES
 from onestroke.evaluate.findings import Measured, Missing, Outcome
-from onestroke.evaluate.measures import Networks
+from onestroke.evaluate.scored import Networks
 
 _CONDITION = re.compile(
     r"(?P<key>[A-Za-z_][\w-]*)(\((?P<network>[^()]+)\))?(@(?P<steps>\d+))?"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from onestroke.errors import DataError
-from onestroke.evaluate.adherence import AdherenceScore, adherence
 from onestroke.evaluate.collect import Collected, Observed
 from onestroke.evaluate.distances import (
     Gaussian,
@@ -31,9 +29,10 @@ from onestroke.evaluate.intervals import (
     mean_replicates,
     paired_bootstrap,
 )
-from onestroke.evaluate.neighbours import Manifold, manifold, neighbourhood
+from onestroke.evaluate.neighbours import manifold, neighbourhood
 from onestroke.evaluate.pictures import DrawnSet
 from onestroke.evaluate.quality import GRIDS, grid_amplitude
+from onestroke.evaluate.scored import Networks, Scored
 from onestroke.evaluate.scorers import OTHER
 
 NEEDED = 2 * NUM_BLOCKS  # prompts that an interval of a set needs
@@ -41,53 +40,6 @@ MOST_NEIGHBOURS = 10_000  # pictures of each set in precision, recall, density a
 REFERENCE = ""  # the label under which the reference's features stand beside those of the sets
 LOOKS = ("saturation", "contrast", "sharpness")
 KERNELS = {"kd": cubic_kernel, "cmmd": gaussian_kernel}
-NameValues = Callable[[Float[np.ndarray, "n d"]], Sequence[Mapping[str, str]]]
-
-
-@dataclass(frozen=True)
-class Networks:
-    """Which parts of what was seen are what. `distances`: feature network -> the set distances taken on it.
-
-    `trained_against`: networks that the student's discriminator saw, whose figures gate nothing. `judge`: the network
-    whose features `name_values` turns into attribute values. `primary`: the one that is meant where none is named.
-    """
-
-    distances: Mapping[str, tuple[str, ...]]
-    scorers: tuple[str, ...] = ()
-    trained_against: frozenset[str] = frozenset()
-    judge: str = ""
-    name_values: NameValues | None = None
-
-    @property
-    def primary(self) -> str:
-        names = [name for name, kinds in self.distances.items() if "fd" in kinds]
-        return next((name for name in names if name not in self.trained_against), names[0] if names else "")
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Scores with one number a picture, by measure and set; `adherence` in full, by set."""
-
-    rows: Mapping[str, Mapping[str, Float[np.ndarray, " n"]]]
-    adherence: Mapping[str, AdherenceScore]
-
-
-def score(collected: Collected, networks: Networks) -> Scored:
-    """What single pictures are worth: adherence by the judge, and the scorers."""
-    rows: dict[str, dict[str, np.ndarray]] = {}
-    for name in networks.scorers:
-        key = name.replace("-", "_")
-        for part, of in ((name, key), (name + OTHER, key + OTHER)):
-            rows[of] = {label: seen.parts[part][:, 0].astype(float) for label, seen in collected.sets.items()}
-    named = [collected.plan.prompts.named[collected.plan.groups[row]] for row in collected.rows] if (
-        networks.name_values and collected.plan.prompts.named
-    ) else []  # fmt: skip
-    if not any(named):
-        return Scored(rows, {})
-    judged = {label: networks.name_values(seen.parts[networks.judge]) for label, seen in collected.sets.items()}
-    adherences = {label: adherence(named, values, reference=named) for label, values in judged.items()}
-    rows["adherence"] = {label: np.array(one.per_prompt) for label, one in adherences.items()}
-    return Scored(rows, adherences)
 
 
 def measure_all(collected: Collected, scored: Scored, networks: Networks) -> tuple[list[Measured], list[Missing]]:
@@ -116,9 +68,10 @@ def measure_groups(
         for value in sorted(set(of_row)):
             rows = np.flatnonzero(of_row == value)
             part = Scored({k: {s: v[rows] for s, v in of.items()} for k, of in scored.rows.items()}, {})
-            some, lacking = _measure(collected.subset(rows), part, networks, with_reference=False)
+            some, _ = _measure(collected.subset(rows), part, networks, with_reference=False)
             found += [replace(one, column=column, group=str(value)) for one in some]
-            small += [f"{value} ({len(rows)})"] if lacking else []
+            is_small = len(set(collected.groups[rows])) < NEEDED
+            small += [f"{value} ({len(rows)})"] if is_small else []
         if small:
             why = f"too few pictures in {', '.join(small)}"
             missing.append(
@@ -138,7 +91,9 @@ def _measure(
     if num_prompts < NEEDED:
         return found, [_too_few("set distances, looks and every ratio", num_prompts)]
     blocks = blocks_of(groups)
-    found += [*_kept(collected, scored, blocks), *_looks(collected, blocks), *_style(collected, groups, blocks)]
+    kept, lacking = _kept(collected, scored, blocks)
+    missing += lacking
+    found += [*kept, *_looks(collected, blocks), *_style(collected, groups, blocks)]
     for network, kinds in networks.distances.items():
         # a group is small, and the Fréchet distance biased and slow: kernel distances only
         some = kinds if with_reference else [kind for kind in kinds if kind != "fd"]
@@ -197,13 +152,9 @@ def _distances(
 
 
 def _neighbours(collected: Collected, network: str, blocks: Int[np.ndarray, " n"]) -> Iterator[Measured]:
-    some = slice(0, MOST_NEIGHBOURS)
-    if len(blocks) > MOST_NEIGHBOURS:  # whole prompts, in as many blocks
-        blocks = blocks_of(np.unique(collected.groups[some], return_inverse=True)[1])
-    try:
-        real: Manifold = manifold(collected.reference.parts[network][some], blocks)
-    except DataError:
-        return
+    some = np.linspace(0, len(blocks) - 1, min(len(blocks), MOST_NEIGHBOURS)).astype(int)  # of every block alike
+    blocks = blocks[some]
+    real = manifold(collected.reference.parts[network][some], blocks)
     for label, seen in collected.sets.items():
         there = neighbourhood(real, manifold(seen.parts[network][some], blocks))
         for key in ("precision", "recall", "density", "coverage"):
@@ -229,16 +180,26 @@ def _scores(collected: Collected, scored: Scored) -> Iterator[Measured]:
             yield _of_set(collected, f"{key}_drop", label, drop)
 
 
-def _kept(collected: Collected, scored: Scored, blocks: Int[np.ndarray, " n"]) -> Iterator[Measured]:
-    """What is left of the teacher's heed of the prompt: adherence is corrected for chance, scores by another prompt."""
+def _kept(collected: Collected, scored: Scored, blocks: Int[np.ndarray, " n"]) -> tuple[list[Measured], list[Missing]]:
+    """What is left of the teacher's heed of the prompt: adherence is corrected for chance, scores by another prompt.
+
+    A share of what may be nothing says nothing: where the teacher's own heed is not surely above 0 it is missing.
+    """
+    found, missing = [], []
     for key, by_label in scored.rows.items():
         if key.endswith(OTHER):
             continue
         other = scored.rows.get(key + OTHER)
         heed = {label: values - other[label] if other else values for label, values in by_label.items()}
         whole = {label: mean_replicates(values, blocks) for label, values in heed.items()}
+        base = whole[collected.plan.base]
+        if not base.interval().low > 0:
+            why = "the teacher itself may follow prompts no better than chance"
+            missing.append(Missing(f"{key}_kept", why, "Take more pictures, or a teacher that follows its prompts."))
+            continue
         for label in _compared(collected):
-            yield _of_set(collected, f"{key}_kept", label, (whole[label] / whole[collected.plan.base]).interval())
+            found.append(_of_set(collected, f"{key}_kept", label, (whole[label] / base).interval()))
+    return found, missing
 
 
 def _looks(collected: Collected, blocks: Int[np.ndarray, " n"]) -> Iterator[Measured]:

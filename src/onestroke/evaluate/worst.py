@@ -9,11 +9,12 @@ from jaxtyping import Float
 
 from onestroke.evaluate.collect import Collected
 from onestroke.evaluate.grids import Gallery, Tile
-from onestroke.evaluate.measures import LOOKS, Networks, Scored
+from onestroke.evaluate.measures import LOOKS
 from onestroke.evaluate.neighbours import nearest_distance
 from onestroke.evaluate.observer import Pictures
 from onestroke.evaluate.pictures import Failed, PictureSet
 from onestroke.evaluate.quality import GRIDS
+from onestroke.evaluate.scored import Networks, Scored
 from onestroke.evaluate.scorers import OTHER
 
 NUM_WORST = 16
