@@ -152,6 +152,17 @@ def test_what_was_drawn_and_looked_at_costs_nothing_the_second_time(tmp_path):
             )
 
 
+def test_kept_measures_of_another_layout_or_cut_short_are_taken_again(tmp_path):
+    cache = MeasureCache(tmp_path)
+    cache.save("colour-1", ["a", "b"], np.ones((2, 3)))
+    assert cache.load("colour-1", ["a", "b"], 3).tolist() == [[1, 1, 1]] * 2
+    assert cache.load("colour-1", ["a", "b"], 4) is None and cache.load("colour-1", ["b", "a"], 3) is None
+    [file] = tmp_path.rglob("*.npy")
+    file.write_bytes(file.read_bytes()[:-4])
+    assert cache.load("colour-1", ["a", "b"], 3) is None
+    assert [path for path in tmp_path.rglob("*") if path.name.startswith(".")] == []
+
+
 def test_a_killed_run_goes_on_and_a_damaged_picture_is_drawn_again(tmp_path):
     orders, drawn = orders_of([f"prompt {i}" for i in range(40)]), []
 

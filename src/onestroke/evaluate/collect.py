@@ -204,7 +204,8 @@ def _look(
     """The rows of each observer for a run of pictures, from the cache where all are there."""
     keys = [f"{pictures.key(row)} {pictures.prompt(row)}" for row in rows]
     names = [f"{observer.name}-{observer.version}" for observer in observers]
-    kept = [cache.load(name, keys) for name in names]
+    widths = [sum(observer.parts.values()) for observer in observers]
+    kept = [cache.load(name, keys, width) for name, width in zip(names, widths, strict=True)]
     if all(part is not None for part in kept):
         return [part for part in kept if part is not None]
     found: dict[int, np.ndarray] = {}
@@ -219,7 +220,7 @@ def _look(
     prompts = [pictures.prompt(row) for row in good]
     for i, observer in enumerate(observers):
         if kept[i] is None:
-            seen = np.full((len(rows), sum(observer.parts.values())), np.nan, dtype=np.float32)
+            seen = np.full((len(rows), widths[i]), np.nan, dtype=np.float32)
             if stack is not None:
                 seen[[row - rows.start for row in good]] = observer.observe(stack, prompts)
             kept[i] = seen

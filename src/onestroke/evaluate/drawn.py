@@ -54,12 +54,13 @@ class MeasureCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "measures"
 
-    def load(self, observer: str, keys: Sequence[str]) -> np.ndarray | None:
+    def load(self, observer: str, keys: Sequence[str], width: int) -> np.ndarray | None:
+        """The rows, of `width` numbers each, or None where there are none or others."""
         try:
             rows = np.load(self._path(observer, keys), allow_pickle=False)
         except (OSError, ValueError, EOFError):
             return None
-        return rows if len(rows) == len(keys) else None
+        return rows if rows.shape == (len(keys), width) else None
 
     def save(self, observer: str, keys: Sequence[str], rows: np.ndarray) -> None:
         _write_whole(self._path(observer, keys), lambda file: np.save(file, rows.astype(np.float32)))
