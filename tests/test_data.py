@@ -31,7 +31,7 @@ class Numbered:
     def __len__(self):
         return self.num_pictures
 
-    def caption(self, index):
+    def caption(self, index, *, slot=None):
         return f"number {index}"
 
     def read(self, index, *, slot=None):
@@ -128,7 +128,7 @@ def test_time_ids_say_where_the_crop_lies_and_a_flip_mirrors_it():
         def __len__(self):
             return 1
 
-        def caption(self, index):
+        def caption(self, index, *, slot=None):
             return ""
 
         def read(self, index, *, slot=None):

@@ -99,7 +99,7 @@ def test_the_tokenizer_keeps_the_captions_words_whole_and_falls_back_to_bytes():
     assert tokenizer.tokenize("a person with pink hair") == ["a</w>", "person</w>", "with</w>", "pink</w>", "hair</w>"]
     unknown = tokenizer("Zürich 漫画").input_ids
     assert tokenizer.unk_token_id not in unknown[1:-1] and len(unknown) > 4
-    assert tokenizer.model_max_length == 77
+    assert tokenizer.model_max_length == 64
 
 
 def test_the_unet_has_at_most_8_5_million_parameters():

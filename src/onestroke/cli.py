@@ -77,15 +77,16 @@ def pretrain(
     data: Annotated[Path | None, typer.Option(help="A folder of captioned pictures; none: the embedded ones.")] = None,
     size: Annotated[int, typer.Option(min=32, max=1024, help="Pixels a side, a multiple of 16.")] = 128,
     vae_images: Annotated[int, typer.Option(min=1)] = 84_000,
-    judge_images: Annotated[int, typer.Option(min=1)] = 40_000,
+    judge_images: Annotated[int, typer.Option(min=1)] = 110_000,
     teacher_images: Annotated[int, typer.Option(min=1)] = 200_000,
+    start: Annotated[str | None, typer.Option(help="A teacher to go on from, by this command.")] = None,
     minutes: Minutes = None,
     out: Out = Path("runs/pretrain"),
 ) -> None:
     """Train a small teacher from nothing: the VAE, the judge (of the embedded pictures) and the UNet."""
     from onestroke.commands.pretrain import run_pretrain
 
-    run_pretrain(data, size, vae_images, judge_images, teacher_images, minutes, out, console=console)
+    run_pretrain(data, size, vae_images, judge_images, teacher_images, start, minutes, out, console=console)
 
 
 @app.command()

@@ -16,7 +16,14 @@ from onestroke.commands.quiet import cap_threads, quiet_libraries
 from onestroke.data.comicset.dataset import ComicSource
 from onestroke.data.folder import open_folder
 from onestroke.data.source import Source
-from onestroke.embedded.pretrain import PretrainRecipe, pretrain_judge, pretrain_teacher, pretrain_vae
+from onestroke.embedded.pretrain import (
+    PretrainRecipe,
+    adopt_vae,
+    pretrain_judge,
+    pretrain_latents,
+    pretrain_teacher,
+    pretrain_vae,
+)
 from onestroke.errors import DataError, RecipeError
 
 MULTIPLE = 16  # the VAE halves a picture three times, the UNet once more
@@ -32,6 +39,7 @@ def run_pretrain(
     vae_images: int,
     judge_images: int,
     teacher_images: int,
+    start: str | None,
     minutes: float | None,
     out: Path,
     *,
@@ -44,7 +52,9 @@ def run_pretrain(
     quiet_libraries()
     cap_threads()
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-    recipe = PretrainRecipe(size=size, vae_images=vae_images, judge_images=judge_images, teacher_images=teacher_images)
+    recipe = PretrainRecipe(
+        size=size, vae_images=vae_images, judge_images=judge_images, teacher_images=teacher_images, start=start
+    )
     source = pictures(data, size=size, console=console)
     try:
         finished = _stages(source, recipe, out, deadline, console, with_judge=data is None)
@@ -95,15 +105,19 @@ def closing_lines(out: Path, data: Path | None, *, finished: bool) -> list[str]:
 def _stages(
     source: Source, recipe: PretrainRecipe, out: Path, deadline: float, console: Console, *, with_judge: bool
 ) -> bool:
-    """VAE, judge, teacher; returns whether the last picture was reached. Raises OutOfTime."""
+    """VAE, judge, latents, teacher; returns whether the last picture was reached. Raises OutOfTime."""
+    if recipe.start is not None:
+        adopt_vae(recipe.start, out)
     pretrain_vae(out, source, recipe, log=stage_log("vae", deadline, console))
     _check_time(deadline)
     if with_judge:
         pretrain_judge(out, recipe, log=stage_log("judge", deadline, console))
         _check_time(deadline)
+    cache = pretrain_latents(out, source, recipe, log=stage_log("latents", deadline, console))
+    _check_time(deadline)
     minutes = None if deadline == math.inf else (deadline - time.monotonic()) / 60
     with Display(console, recipe.teacher_images, "teacher") as observe:
-        return pretrain_teacher(out, source, recipe, minutes=minutes, observe=observe)
+        return pretrain_teacher(out, source, cache, recipe, minutes=minutes, observe=observe)
 
 
 def _check_time(deadline: float) -> None:

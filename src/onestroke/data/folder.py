@@ -54,7 +54,7 @@ class FolderSource:
     def __len__(self) -> int:
         return self.entries.num_rows
 
-    def caption(self, index: int) -> str:
+    def caption(self, index: int, *, slot: int | None = None) -> str:
         return self.entries["caption"][index].as_py()
 
     def read(self, index: int, *, slot: int | None = None) -> Picture:

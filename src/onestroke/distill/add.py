@@ -114,8 +114,8 @@ class ADD:
         return self.features(images) if wanted else None, self.embed_image(images) if embedded else None
 
     def _condition(self, batch: Batch) -> Condition:
-        size = (batch.images.shape[-2], batch.images.shape[-1])
-        return self.model.with_sizes(self.model.encode_prompts(batch.captions), batch.sizes.to(self.model.device), size)
+        sizes = batch.sizes.to(self.model.device)
+        return self.model.with_sizes(self.model.encode_prompts(batch.captions), sizes, batch.picture_size)
 
     def _target(self, x0: Tensor, condition: Condition, batch: Batch) -> Target:
         """The teacher's picture of the student's, in the space of the distance."""

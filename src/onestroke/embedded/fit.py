@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from onestroke.train.method import OptimizerSettings
+from onestroke.train.optimizers import build_optimizer
+
 ImagesAt = Callable[[int], np.ndarray]  # index -> uint8 h w 3
 
 
@@ -54,6 +57,7 @@ def fit(
     batch_size: int,
     learning_rate: float,
     weight_decay: float = 1e-4,
+    optimizer_kind: str = "adamw",
     log: Callable[[str], None] = print,
     checkpoint_every: int = 100,
 ) -> nn.Module:
@@ -64,7 +68,8 @@ def fit(
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / "training.pt"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay)
+    settings = OptimizerSettings(learning_rate, optimizer_kind, (0.9, 0.99), weight_decay=weight_decay)
+    optimizer = build_optimizer(model, settings)
     average = [parameter.detach().clone() for parameter in model.parameters()]
     done = 0
     if path.exists():
