@@ -291,13 +291,16 @@ def test_pretrain_of_the_users_pictures_leaves_a_teacher_and_goes_on(tmp_path):
 def test_minutes_bound_the_stages_together(monkeypatch, tmp_path):
     calls = []
 
-    def teacher(out, source, cache, recipe, *, minutes, observe) -> bool:
+    def latents(out, source, recipe, machine, *, log) -> None:
+        calls.append("latents")
+
+    def teacher(out, source, cache, recipe, machine, *, minutes, observe) -> bool:
         calls.append(minutes)
         return True
 
-    monkeypatch.setattr(pretrain, "pretrain_vae", lambda out, source, recipe, *, log: calls.append("vae"))
-    monkeypatch.setattr(pretrain, "pretrain_judge", lambda out, recipe, *, log: calls.append("judge"))
-    monkeypatch.setattr(pretrain, "pretrain_latents", lambda out, source, recipe, *, log: calls.append("latents"))
+    monkeypatch.setattr(pretrain, "pretrain_vae", lambda out, source, recipe, machine, *, log: calls.append("vae"))
+    monkeypatch.setattr(pretrain, "pretrain_judge", lambda out, recipe, machine, *, log: calls.append("judge"))
+    monkeypatch.setattr(pretrain, "pretrain_latents", latents)
     monkeypatch.setattr(pretrain, "pretrain_teacher", teacher)
     pretrain.run_pretrain(None, 64, 1, 1, 1, None, 10.0, tmp_path, console=paper())
     assert calls[:3] == ["vae", "judge", "latents"] and 9.9 < calls[3] <= 10.0

@@ -80,13 +80,15 @@ def pretrain(
     judge_images: Annotated[int, typer.Option(min=1)] = 110_000,
     teacher_images: Annotated[int, typer.Option(min=1)] = 200_000,
     start: Annotated[str | None, typer.Option(help="A teacher to go on from, by this command.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     minutes: Minutes = None,
     out: Out = Path("runs/pretrain"),
 ) -> None:
     """Train a small teacher from nothing: the VAE, the judge (of the embedded pictures) and the UNet."""
     from onestroke.commands.pretrain import run_pretrain
 
-    run_pretrain(data, size, vae_images, judge_images, teacher_images, start, minutes, out, console=console)
+    images = (vae_images, judge_images, teacher_images)
+    run_pretrain(data, size, *images, start, minutes, out, device=device, console=console)
 
 
 @app.command()

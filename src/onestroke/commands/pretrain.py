@@ -8,14 +8,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
-from onestroke.build import COMICSET_IMAGES
+from onestroke.build import COMICSET_IMAGES, device_of
 from onestroke.commands.progress import Display
 from onestroke.commands.quiet import cap_threads, quiet_libraries
 from onestroke.data.comicset.dataset import ComicSource
 from onestroke.data.folder import open_folder
 from onestroke.data.source import Source
+from onestroke.embedded.fit import Machine
 from onestroke.embedded.pretrain import (
     PretrainRecipe,
     adopt_vae,
@@ -43,6 +45,7 @@ def run_pretrain(
     minutes: float | None,
     out: Path,
     *,
+    device: str = "auto",
     console: Console,
 ) -> None:
     """Train what is not trained yet, for `minutes` in all, and say what to do next."""
@@ -56,8 +59,9 @@ def run_pretrain(
         size=size, vae_images=vae_images, judge_images=judge_images, teacher_images=teacher_images, start=start
     )
     source = pictures(data, size=size, console=console)
+    machine = Machine(device_of(device), num_workers=max(1, torch.get_num_threads() - 1))
     try:
-        finished = _stages(source, recipe, out, deadline, console, with_judge=data is None)
+        finished = _stages(source, recipe, machine, out, deadline, console, with_judge=data is None)
     except OutOfTime:
         finished = False
     for line in closing_lines(out, data, finished=finished):
@@ -103,21 +107,28 @@ def closing_lines(out: Path, data: Path | None, *, finished: bool) -> list[str]:
 
 
 def _stages(
-    source: Source, recipe: PretrainRecipe, out: Path, deadline: float, console: Console, *, with_judge: bool
+    source: Source,
+    recipe: PretrainRecipe,
+    machine: Machine,
+    out: Path,
+    deadline: float,
+    console: Console,
+    *,
+    with_judge: bool,
 ) -> bool:
     """VAE, judge, latents, teacher; returns whether the last picture was reached. Raises OutOfTime."""
     if recipe.start is not None:
         adopt_vae(recipe.start, out)
-    pretrain_vae(out, source, recipe, log=stage_log("vae", deadline, console))
+    pretrain_vae(out, source, recipe, machine, log=stage_log("vae", deadline, console))
     _check_time(deadline)
     if with_judge:
-        pretrain_judge(out, recipe, log=stage_log("judge", deadline, console))
+        pretrain_judge(out, recipe, machine, log=stage_log("judge", deadline, console))
         _check_time(deadline)
-    cache = pretrain_latents(out, source, recipe, log=stage_log("latents", deadline, console))
+    cache = pretrain_latents(out, source, recipe, machine, log=stage_log("latents", deadline, console))
     _check_time(deadline)
     minutes = None if deadline == math.inf else (deadline - time.monotonic()) / 60
     with Display(console, recipe.teacher_images, "teacher") as observe:
-        return pretrain_teacher(out, source, cache, recipe, minutes=minutes, observe=observe)
+        return pretrain_teacher(out, source, cache, recipe, machine, minutes=minutes, observe=observe)
 
 
 def _check_time(deadline: float) -> None:

@@ -48,6 +48,7 @@ def cache_latents(
     made_by: str,
     count: int,
     size: tuple[int, int],
+    num_workers: int = 1,
     log: Callable[[int], None] = lambda done: None,
 ) -> CachedLatents:
     """The latents of the first `count` pictures of `source`, centre-cropped to `size`; missing shards are made.
@@ -62,7 +63,7 @@ def cache_latents(
         path = folder / f"latents-{first // SHARD_PICTURES:05d}.safetensors"
         if not path.exists():
             rows = range(first, min(first + SHARD_PICTURES, count))
-            _write_shard(path, _encoded(source, encode, rows, size), page)
+            _write_shard(path, _encoded(source, encode, rows, size, num_workers), page)
         shards.append(_read_shard(path, page))
         log(min(first + SHARD_PICTURES, count))
     latents, indices, sizes = (torch.cat([shard[name] for shard in shards]) for name in ("latents", "indices", "sizes"))
@@ -71,9 +72,9 @@ def cache_latents(
     return CachedLatents(latents, indices, sizes, size)
 
 
-def _encoded(source: Source, encode, rows: range, size: tuple[int, int]) -> dict[str, Tensor]:
+def _encoded(source: Source, encode, rows: range, size: tuple[int, int], num_workers: int) -> dict[str, Tensor]:
     """One shard: latents, indices and sizes of the readable pictures among `rows`."""
-    loader = DataLoader(_Cut(source, rows, size), ENCODE_AT_ONCE, num_workers=1, collate_fn=list)
+    loader = DataLoader(_Cut(source, rows, size), ENCODE_AT_ONCE, num_workers=num_workers, collate_fn=list)
     latents, indices, sizes = [torch.empty(0)], [], []
     for found in loader:
         found = [row for row in found if row is not None]

@@ -17,7 +17,7 @@ from onestroke.distill.denoising import Denoising, DenoisingSettings
 from onestroke.embedded.architecture import build_pipeline
 from onestroke.embedded.assess import fingerprint
 from onestroke.embedded.autoencoder import AutoencoderRecipe, train_autoencoder
-from onestroke.embedded.fit import fit, stack_images
+from onestroke.embedded.fit import Machine, fit, stack_images
 from onestroke.embedded.judge import Judge, judge_loss, labels_of, load_judge, new_judge, save_judge, settle_norms
 from onestroke.errors import ModelError
 from onestroke.export import export_folder
@@ -27,6 +27,7 @@ from onestroke.train.run import Observer, run_training
 from onestroke.train.trainer import Trainer, TrainSettings
 
 JUDGE_PICTURES = 50_000  # different ones, shown again and again
+TEACHER_SETTINGS = ("size", "latent_images", "teacher_images", "batch_size", "learning_rate", "start", "seed")
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,20 @@ class PretrainRecipe:
     seed: int = 0
 
 
-def pretrain_vae(out: Path, source: Source, recipe: PretrainRecipe, *, log: Callable[[str], None] = print):
+def pretrain_vae(
+    out: Path,
+    source: Source,
+    recipe: PretrainRecipe,
+    machine: Machine = Machine(),
+    *,
+    log: Callable[[str], None] = print,
+) -> AutoencoderKL:
     """The VAE in `out/vae`, trained or, where it is finished, loaded."""
     final = out / "vae" / "final"
     if not final.exists():
         reader = _Reader(source, recipe.size, recipe.seed)
-        vae = train_autoencoder(out / "vae", reader, AutoencoderRecipe(num_images=recipe.vae_images), log=log)
+        settings = AutoencoderRecipe(num_images=recipe.vae_images)
+        vae = train_autoencoder(out / "vae", reader, settings, machine=machine, log=log)
         vae.save_pretrained(final)
     return AutoencoderKL.from_pretrained(final)
 
@@ -61,16 +70,18 @@ def adopt_vae(teacher: str, out: Path) -> None:
         load_pipeline(teacher).vae.save_pretrained(final)
 
 
-def pretrain_judge(out: Path, recipe: PretrainRecipe, *, log: Callable[[str], None] = print) -> Judge:
+def pretrain_judge(
+    out: Path, recipe: PretrainRecipe, machine: Machine = Machine(), *, log: Callable[[str], None] = print
+) -> Judge:
     """The judge in `out/judge`, trained on comicset alone."""
     path = out / "judge" / "judge.safetensors"
     if not path.exists():
         source = ComicSource(JUDGE_PICTURES, size=recipe.size, seed=recipe.seed)
-        judge = new_judge().to(memory_format=torch.channels_last)
+        judge = new_judge().to(machine.device, memory_format=torch.channels_last)
 
         def loss(images: torch.Tensor, indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
             labels = [labels_of(source.character(index % len(source)), judge.values) for index in indices.tolist()]
-            return judge_loss(judge, images, torch.tensor(labels))
+            return judge_loss(judge, images, torch.tensor(labels, device=images.device))
 
         fit(
             judge,
@@ -82,9 +93,10 @@ def pretrain_judge(out: Path, recipe: PretrainRecipe, *, log: Callable[[str], No
             learning_rate=5e-3,
             weight_decay=1e-2,
             optimizer_kind="muon",  # 8,000 pictures took it to 74% of named attributes, AdamW at 3e-3 to 51%
+            num_workers=machine.num_workers,
             log=log,
         )
-        settle_norms(judge, _fresh_batches(source.size))
+        settle_norms(judge.cpu(), _fresh_batches(source.size))
         save_judge(judge, path)
     return load_judge(path)
 
@@ -97,26 +109,34 @@ def _fresh_batches(size: int) -> Iterator[torch.Tensor]:
 
 
 def pretrain_latents(
-    out: Path, source: Source, recipe: PretrainRecipe, *, log: Callable[[str], None] = print
+    out: Path,
+    source: Source,
+    recipe: PretrainRecipe,
+    machine: Machine = Machine(),
+    *,
+    log: Callable[[str], None] = print,
 ) -> CachedLatents:
     """The latents that the teacher learns from, in `out/latents`, by the VAE in `out/vae`."""
-    vae = AutoencoderKL.from_pretrained(out / "vae" / "final").to(memory_format=torch.channels_last)
+    vae = AutoencoderKL.from_pretrained(out / "vae" / "final")
+    made_by = fingerprint(vae)
+    vae.to(machine.device, memory_format=torch.channels_last)
     count = min(len(source), recipe.latent_images)
 
     @torch.no_grad()
     def encode(images: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            latents = vae.encode(images).latent_dist.mean
-        return latents.float() * vae.config.scaling_factor
+        with torch.autocast(machine.device.type, torch.bfloat16):
+            latents = vae.encode(images.to(machine.device)).latent_dist.mean
+        return latents.float().cpu() * vae.config.scaling_factor
 
     size = (recipe.size, recipe.size)
     return cache_latents(
         out / "latents",
         source,
         encode,
-        made_by=fingerprint(vae),
+        made_by=made_by,
         count=count,
         size=size,
+        num_workers=machine.num_workers,
         log=lambda done: log(f"{done}/{count} pictures encoded"),
     )
 
@@ -126,6 +146,7 @@ def pretrain_teacher(
     source: Source,
     cache: CachedLatents,
     recipe: PretrainRecipe,
+    machine: Machine = Machine(),
     *,
     minutes: float | None = None,
     observe: Observer = lambda progress, left: None,
@@ -135,6 +156,7 @@ def pretrain_teacher(
     Returns whether the last picture was reached; stopped earlier, the folder holds what there is so far.
     """
     pipeline = _untrained(out, source, recipe)
+    pipeline.to(machine.device)
     for name in ("unet", "vae"):
         getattr(pipeline, name).to(memory_format=torch.channels_last)
     optimizer = OptimizerSettings(
@@ -155,7 +177,7 @@ def pretrain_teacher(
             num_workers=1,
         )
 
-    text = yaml.safe_dump(recipe.__dict__, sort_keys=False)
+    text = yaml.safe_dump({name: getattr(recipe, name) for name in TEACHER_SETTINGS}, sort_keys=False)
     finished = run_training(
         trainer, batches_from, out / "teacher-run", recipe_text=text, minutes=minutes, observe=observe
     )
@@ -184,6 +206,7 @@ def _export_average(trainer: Trainer, pipeline: StableDiffusionXLPipeline, out: 
     pipeline.unet.load_state_dict(average["unet"].state_dict())
     pipeline.text_encoder.load_state_dict(average["text_0"].state_dict())
     pipeline.text_encoder_2.load_state_dict(average["text_1"].state_dict())
+    pipeline.to("cpu")
     export_folder(pipeline, out, card="# A small SDXL model, trained by `onestroke pretrain`\n")
 
 
