@@ -24,14 +24,15 @@ class _Section(BaseModel):
 
 
 class OptimizerRecipe(_Section):
-    """Adam. ADD's paper gives neither rates nor betas: ours, between its published neighbours."""
+    """AdamW or Muon. ADD's paper gives neither rates nor betas: ours, between its published neighbours."""
 
+    kind: Literal["adamw", "muon"] = "adamw"  # muon: orthogonalised momentum for matrices, AdamW for the rest
     learning_rate: float = Field(1e-6, gt=0)
     betas: tuple[float, float] = (0.0, 0.99)  # no momentum: the other player moves
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup_images: int = Field(0, ge=0)  # pictures
-    decay: Literal["constant", "cosine"] = "constant"  # cosine: to a tenth of the rate at the end of the run
+    decay: Literal["constant", "cosine", "linear"] = "constant"  # to a tenth at the end; or, over the last 40%, to 2%
     max_grad_norm: float | None = Field(1.0, gt=0)
     every: int = Field(1, ge=1)  # takes part in every n-th step
 
@@ -90,6 +91,8 @@ class DiscriminatorRecipe(_Section):
     text_encoder: str = "teacher"  # "teacher": its pooled embedding; or a CLIP text model's folder or hub id
     image_encoder: str = "features"  # "features": the feature network's own; or dinov2-small, dinov2-large
     image_encoder_source: str | None = None
+    real: Literal["data", "reconstructed"] = "data"  # reconstructed: as the VAE decodes them, so that its blur tells
+    # nothing of who drew a picture
 
 
 class LossRecipe(_Section):
@@ -98,6 +101,7 @@ class LossRecipe(_Section):
     weighting: Literal["exponential", "sds", "nfsd"] = "exponential"  # c(t)
     distance: Literal["pixel", "latent"] = "pixel"
     r1_gamma: float = Field(1e-5, ge=0)
+    r1_every: int = Field(1, ge=1)  # in every n-th step, n times as strong (arXiv 1912.04958, section 3.1)
 
 
 class DataRecipe(_Section):

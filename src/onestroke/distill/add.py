@@ -42,6 +42,7 @@ class Rollout:
     c_text: Tensor | None
     c_img: Tensor | None
     has_image: Bool[Tensor, " b"]  # false where the student was given pure noise
+    r1_gamma: float  # 0 in the steps between those that have the penalty
 
 
 class ADD:
@@ -78,6 +79,7 @@ class ADD:
     def rollout(self, batch: Batch, due: frozenset[str]) -> Rollout:
         """One student prediction, decoded once; features and teacher target for the players that are due."""
         model, seed, slots = self.model, self.recipe.seed, batch.slots
+        assert batch.images is not None, "the discriminator looks at pictures"
         images = batch.images.to(model.device)
         with torch.no_grad():
             latents = model.encode_images(images)
@@ -92,11 +94,13 @@ class ADD:
             fake = self.features(pixels)
         target = self._target(x0, condition, batch) if STUDENT in due and self.recipe.losses.distill_weight else None
         with torch.no_grad():
-            real, c_img = self._seen(images, due)
+            is_decoded = self.recipe.discriminator.real == "reconstructed"
+            real, c_img = self._seen(model.decode_latents(latents) if is_decoded else images, due)
             c_text = self.embed_text(batch.captions, condition) if self.heads.uses_text else None
         has_image = (s != len(model.schedule) - 1).to(model.device)
         distance = self.recipe.losses.distance
-        return Rollout(pixels if distance == "pixel" else x0, fake, real, target, c_text, c_img, has_image)
+        shown = pixels if distance == "pixel" else x0
+        return Rollout(shown, fake, real, target, c_text, c_img, has_image, self._r1_gamma(batch))
 
     def loss(self, player: str, rollout: Rollout) -> Loss:
         return self._student_loss(rollout) if player == STUDENT else self._discriminator_loss(rollout)
@@ -105,6 +109,12 @@ class ADD:
         """Spectral norm's power iteration advances once per step of the heads, not once per forward pass."""
         if DISCRIMINATOR in due:
             self.heads.advance_spectral_norm()
+
+    def _r1_gamma(self, batch: Batch) -> float:
+        """The penalty's weight in this step, which the batch's slots number whatever part of it this is."""
+        losses = self.recipe.losses
+        step = int(batch.slots.min()) // self.recipe.train.batch_size
+        return losses.r1_gamma * losses.r1_every if step % losses.r1_every == 0 else 0.0
 
     def _seen(self, images: Tensor, due: frozenset[str]) -> tuple[list[Tensor] | None, Tensor | None]:
         """Features of the real pictures, if the discriminator is due, and their embedding, if heads are given it."""
@@ -154,7 +164,7 @@ class ADD:
 
     def _discriminator_loss(self, rollout: Rollout) -> Loss:
         """Hinge loss plus R1 on each head's input features of real pictures (eq. 3)."""
-        gamma = self.recipe.losses.r1_gamma
+        gamma = rollout.r1_gamma
         real_features = r1_features(rollout.real) if gamma else rollout.real
         conditions = (rollout.c_text, rollout.c_img, rollout.has_image)
         real = self.heads(real_features, *conditions)
