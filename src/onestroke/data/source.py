@@ -256,9 +256,10 @@ def batches(
 
 def ignore_interrupt(_: int) -> None:
     """For `worker_init_fn`."""
-    # Ctrl-C reaches the whole process group: the trainer decides when to stop, and its workers must outlive its saving.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Ctrl-C and a cluster's SIGTERM reach the whole process group: the trainer decides when to stop, and its workers
+    # must outlive its saving. They end with it: the loader tells them so, and they watch for its death.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _collated(loader: DataLoader, broken: Broken) -> Iterator[Batch]:
