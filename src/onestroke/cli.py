@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -75,20 +76,19 @@ def generate(
 @app.command()
 def pretrain(
     data: Annotated[Path | None, typer.Option(help="A folder of captioned pictures; none: the embedded ones.")] = None,
-    size: Annotated[int, typer.Option(min=32, max=1024, help="Pixels a side, a multiple of 16.")] = 128,
-    vae_images: Annotated[int, typer.Option(min=1)] = 84_000,
-    judge_images: Annotated[int, typer.Option(min=1)] = 110_000,
-    teacher_images: Annotated[int, typer.Option(min=1)] = 200_000,
-    start: Annotated[str | None, typer.Option(help="A teacher to go on from, by this command.")] = None,
+    size: Annotated[int, typer.Option(help="Pixels a side, a multiple of 16.")] = 128,
+    start: Annotated[str | None, typer.Option(help="Go on from this teacher: embedded-teacher, or a folder.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a setting: key=value.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     minutes: Minutes = None,
     out: Out = Path("runs/pretrain"),
 ) -> None:
     """Train a small teacher from nothing: the VAE, the judge (of the embedded pictures) and the UNet."""
     from onestroke.commands.pretrain import run_pretrain
+    from onestroke.config import pretrain_recipe
 
-    images = (vae_images, judge_images, teacher_images)
-    run_pretrain(data, size, *images, start, minutes, out, device=device, console=console)
+    given = [f"size={size}", *([] if start is None else [f"start={json.dumps(start)}"]), *(overrides or [])]
+    run_pretrain(data, pretrain_recipe(given), minutes, out, device=device, console=console)
 
 
 @app.command()

@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -145,6 +145,20 @@ class Recipe(_Section):
     train: TrainRecipe = TrainRecipe()
 
 
+class PretrainRecipe(_Section):
+    """A training of the embedded models from nothing. The defaults take about 3 hours on 2 cores."""
+
+    size: int = Field(128, ge=32, le=1024, multiple_of=16)  # pixels a side; the VAE halves them thrice, the UNet once
+    vae_images: int = Field(84_000, ge=1)  # pictures that each stage sees
+    judge_images: int = Field(110_000, ge=1)
+    latent_images: int = Field(50_000, ge=1)  # encoded once and shown again and again, under new captions
+    teacher_images: int = Field(200_000, ge=1)
+    batch_size: int = Field(32, ge=1)  # of the teacher
+    learning_rate: float = Field(3e-3, gt=0)  # of the teacher, by Muon
+    start: str | None = None  # a teacher to go on from: "embedded-teacher", or a folder of the same architecture
+    seed: int = Field(0, ge=0)
+
+
 def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe in the YAML file `source`, or the packaged one of that name ("mini", "sdxl-anime", "sd15").
 
@@ -170,6 +184,18 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 def recipe_from(tree: Mapping[str, Any], overrides: Iterable[str] = (), *, where: str = "recipe") -> Recipe:
     """A recipe from nested mappings and "section.key=value" overrides."""
+    return _section_from(Recipe, tree, overrides, where)
+
+
+def pretrain_recipe(overrides: Iterable[str] = ()) -> PretrainRecipe:
+    """The default training of the embedded models, with "key=value" overrides."""
+    return _section_from(PretrainRecipe, {}, overrides, "pretrain")
+
+
+S = TypeVar("S", bound=_Section)
+
+
+def _section_from(kind: type[S], tree: Mapping[str, Any], overrides: Iterable[str], where: str) -> S:
     if not isinstance(tree, Mapping):
         raise RecipeError("a recipe is a mapping of sections", where=where, fix="See recipes/mini.yaml.")
     merged = _copied(tree)
@@ -182,9 +208,9 @@ def recipe_from(tree: Mapping[str, Any], overrides: Iterable[str] = (), *, where
         except yaml.YAMLError as error:
             raise RecipeError("the value is not YAML", where=f"--set {line}", fix="Quote it.") from error
     try:
-        return Recipe.model_validate(merged)
+        return kind.model_validate(merged)
     except ValidationError as error:
-        raise _explained(error, where) from error
+        raise _explained(error, kind, where) from error
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -206,21 +232,20 @@ def _assign(tree: dict, keys: list[str], value: Any, line: str) -> None:
     tree[keys[-1]] = value
 
 
-def _explained(error: ValidationError, where: str) -> RecipeError:
+def _explained(error: ValidationError, kind: type[BaseModel], where: str) -> RecipeError:
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
     name = ".".join(path)
     if first["type"] == "extra_forbidden":
-        known = _keys_beside(path)
+        known = _keys_beside(path, kind)
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
         fix = f"Did you mean {'.'.join([*path[:-1], near[0]])!r}?" if near else f"Known keys: {', '.join(known)}."
         return RecipeError(f"unknown key {name!r}", where=where, fix=fix)
     return RecipeError(f"{name} = {first['input']!r}: {first['msg']}", where=where)
 
 
-def _keys_beside(path: list[str]) -> list[str]:
-    """The known keys of the section that holds the last part of `path`."""
-    model: type[BaseModel] = Recipe
+def _keys_beside(path: list[str], model: type[BaseModel]) -> list[str]:
+    """The known keys of the section of `model` that holds the last part of `path`."""
     for part in path[:-1]:
         annotation = model.model_fields[part].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]

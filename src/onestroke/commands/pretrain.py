@@ -14,21 +14,19 @@ from rich.console import Console
 from onestroke.build import COMICSET_IMAGES, device_of
 from onestroke.commands.progress import Display
 from onestroke.commands.quiet import cap_threads, quiet_libraries
+from onestroke.config import PretrainRecipe
 from onestroke.data.comicset.dataset import ComicSource
 from onestroke.data.folder import open_folder
 from onestroke.data.source import Source
 from onestroke.embedded.fit import Machine
 from onestroke.embedded.pretrain import (
-    PretrainRecipe,
     adopt_vae,
     pretrain_judge,
     pretrain_latents,
     pretrain_teacher,
     pretrain_vae,
 )
-from onestroke.errors import DataError, RecipeError
-
-MULTIPLE = 16  # the VAE halves a picture three times, the UNet once more
+from onestroke.errors import DataError
 
 
 class OutOfTime(Exception):
@@ -37,11 +35,7 @@ class OutOfTime(Exception):
 
 def run_pretrain(
     data: Path | None,
-    size: int,
-    vae_images: int,
-    judge_images: int,
-    teacher_images: int,
-    start: str | None,
+    recipe: PretrainRecipe,
     minutes: float | None,
     out: Path,
     *,
@@ -49,16 +43,10 @@ def run_pretrain(
     console: Console,
 ) -> None:
     """Train what is not trained yet, for `minutes` in all, and say what to do next."""
-    if size % MULTIPLE:
-        near = max(MULTIPLE, MULTIPLE * round(size / MULTIPLE))
-        raise RecipeError(f"{size} is not a multiple of {MULTIPLE}", where="--size", fix=f"Give {near}, for example.")
     quiet_libraries()
     cap_threads()
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-    recipe = PretrainRecipe(
-        size=size, vae_images=vae_images, judge_images=judge_images, teacher_images=teacher_images, start=start
-    )
-    source = pictures(data, size=size, console=console)
+    source = pictures(data, size=recipe.size, console=console)
     machine = Machine(device_of(device), num_workers=max(1, torch.get_num_threads() - 1))
     try:
         finished = _stages(source, recipe, machine, out, deadline, console, with_judge=data is None)

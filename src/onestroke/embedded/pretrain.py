@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 import yaml
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionXLPipeline
 
+from onestroke.config import PretrainRecipe
 from onestroke.data.comicset.dataset import ComicSource
 from onestroke.data.latents import CachedLatents, cache_latents, latent_batches
 from onestroke.data.source import Source, cut, picture_at, place
 from onestroke.distill.denoising import Denoising, DenoisingSettings
+from onestroke.embedded import TEACHER, embedded_teacher
 from onestroke.embedded.architecture import build_pipeline
 from onestroke.embedded.assess import fingerprint
 from onestroke.embedded.autoencoder import AutoencoderRecipe, train_autoencoder
@@ -28,21 +30,6 @@ from onestroke.train.trainer import Trainer, TrainSettings
 
 JUDGE_PICTURES = 50_000  # different ones, shown again and again
 TEACHER_SETTINGS = ("size", "latent_images", "teacher_images", "batch_size", "learning_rate", "start", "seed")
-
-
-@dataclass(frozen=True)
-class PretrainRecipe:
-    """Pictures seen by each stage. The defaults take about 2 hours on 2 cores."""
-
-    size: int = 128  # pixels a side
-    vae_images: int = 84_000
-    judge_images: int = 110_000
-    latent_images: int = 50_000  # encoded once and shown again and again, under new captions
-    teacher_images: int = 200_000
-    batch_size: int = 32
-    learning_rate: float = 4e-3  # of Muon
-    start: str | None = None  # a teacher to go on from: a folder of the same architecture
-    seed: int = 0
 
 
 def pretrain_vae(
@@ -67,7 +54,11 @@ def adopt_vae(teacher: str, out: Path) -> None:
     """Put the VAE of the teacher that training goes on from in `out/vae`, unless there is one."""
     final = out / "vae" / "final"
     if not final.exists():
-        load_pipeline(teacher).vae.save_pretrained(final)
+        _teacher(teacher).vae.save_pretrained(final)
+
+
+def _teacher(name: str) -> DiffusionPipeline:
+    return embedded_teacher() if name == TEACHER else load_pipeline(name)
 
 
 def pretrain_judge(
@@ -191,7 +182,7 @@ def _untrained(out: Path, source: Source, recipe: PretrainRecipe) -> StableDiffu
     if recipe.start is None:
         captions = [source.caption(index) for index in range(0, len(source), max(1, len(source) // 8000))]
         return build_pipeline(vae, captions, seed=recipe.seed)
-    pipeline = load_pipeline(recipe.start)
+    pipeline = _teacher(recipe.start)
     if fingerprint(pipeline.vae) != fingerprint(vae):
         raise ModelError(
             "this teacher has another VAE",
