@@ -359,6 +359,31 @@ def test_real_pictures_can_be_shown_as_the_vae_decodes_them():
     assert not torch.allclose(shown["data"].real[0], shown["reconstructed"].real[0])
 
 
+def test_the_features_are_shown_a_part_at_each_pictures_own_place():
+    method, whole = tiny_add("discriminator.crop=0.5"), tiny_add()
+    images = torch.arange(2 * 3 * 32 * 32).double().reshape(2, 3, 32, 32).requires_grad_()
+    slots = torch.tensor([0, 1])
+    parts = method._part(images, slots, "fake crop")
+    assert parts.shape == (2, 3, 16, 16) and whole._part(images, slots, "fake crop") is images
+    corners = [divmod(int(part[0, 0, 0]) % 1024, 32) for part in parts]
+    for part, image, (top, left) in zip(parts, images, corners, strict=True):
+        assert torch.equal(part, image[:, top : top + 16, left : left + 16])
+    assert corners[0] != corners[1]
+    assert torch.equal(method._part(images[1:], slots[1:], "fake crop"), parts[1:])  # whatever it is batched with
+    parts.sum().backward()
+    assert images.grad.sum() == parts.numel() and images.grad.max() == 1
+    places = torch.stack([method._part(images[:1], torch.tensor([s]), "x")[0, 0, 0, 0] for s in range(300)]).long()
+    assert (places // 32 % 32).unique().tolist() == (places % 32).unique().tolist() == list(range(17))
+
+
+def test_cropped_fake_and_real_pictures_reach_the_heads():
+    method = tiny_add("discriminator.crop=0.5")
+    sizes = []
+    method.features.register_forward_hook(lambda module, inputs, output: sizes.append(tuple(inputs[0].shape[-2:])))
+    rollout = method.rollout(tiny_batch(2), BOTH)
+    assert (16, 16) in sizes and {tuple(f.shape[-2:]) for f in (rollout.fake[0], rollout.real[0])} == {(4, 4)}
+
+
 def test_a_player_can_be_trained_by_muon():
     for kind, found in (("adamw", torch.optim.AdamW), ("muon", Muon)):
         trainer = tiny_trainer(f"student_optimizer.kind={kind}")

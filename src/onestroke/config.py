@@ -93,6 +93,10 @@ class DiscriminatorRecipe(_Section):
     image_encoder_source: str | None = None
     real: Literal["data", "reconstructed"] = "data"  # reconstructed: as the VAE decodes them, so that its blur tells
     # nothing of who drew a picture
+    crop: float = Field(
+        1.0, gt=0, le=1
+    )  # side of the part that is looked at, as a share of the picture's; its place is
+    # random (StyleGAN-T, arXiv 2301.09515, section 3.2), so that no pattern in step with the features' grid pays
 
 
 class LossRecipe(_Section):

@@ -91,16 +91,17 @@ class ADD:
         with torch.set_grad_enabled(STUDENT in due):
             x0 = self.student(x_s, s.to(model.device), condition)
             pixels = model.decode_latents(x0)
-            fake = self.features(pixels)
+            fake = self.features(self._part(pixels, slots, "fake crop"))
         target = self._target(x0, condition, batch) if STUDENT in due and self.recipe.losses.distill_weight else None
         with torch.no_grad():
             is_decoded = self.recipe.discriminator.real == "reconstructed"
-            real, c_img = self._seen(model.decode_latents(latents) if is_decoded else images, due)
+            shown = model.decode_latents(latents) if is_decoded else images
+            real, c_img = self._seen(self._part(shown, slots, "real crop"), due)
             c_text = self.embed_text(batch.captions, condition) if self.heads.uses_text else None
         has_image = (s != len(model.schedule) - 1).to(model.device)
         distance = self.recipe.losses.distance
-        shown = pixels if distance == "pixel" else x0
-        return Rollout(shown, fake, real, target, c_text, c_img, has_image, self._r1_gamma(batch))
+        compared = pixels if distance == "pixel" else x0
+        return Rollout(compared, fake, real, target, c_text, c_img, has_image, self._r1_gamma(batch))
 
     def loss(self, player: str, rollout: Rollout) -> Loss:
         return self._student_loss(rollout) if player == STUDENT else self._discriminator_loss(rollout)
@@ -109,6 +110,19 @@ class ADD:
         """Spectral norm's power iteration advances once per step of the heads, not once per forward pass."""
         if DISCRIMINATOR in due:
             self.heads.advance_spectral_norm()
+
+    def _part(self, images: Tensor, slots: Tensor, stream: str) -> Tensor:
+        """The part of each picture that the feature network is shown."""
+        share = self.recipe.discriminator.crop
+        if share == 1:
+            return images
+        height, width = (max(1, round(share * side)) for side in images.shape[-2:])
+        tops, lefts = (
+            (uniform(self.recipe.seed, f"{stream} {axis}", slots) * (room + 1)).long().tolist()
+            for axis, room in (("top", images.shape[-2] - height), ("left", images.shape[-1] - width))
+        )
+        parts = [image[:, y : y + height, x : x + width] for image, y, x in zip(images, tops, lefts, strict=True)]
+        return torch.stack(parts).contiguous(memory_format=torch.channels_last)
 
     def _r1_gamma(self, batch: Batch) -> float:
         """The penalty's weight in this step, which the batch's slots number whatever part of it this is."""
