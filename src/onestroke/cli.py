@@ -177,6 +177,39 @@ def arena(
 
 
 @app.command()
+def ablate(
+    recipe: Annotated[str, typer.Argument(help="A recipe (file or packaged name), or a study file with groups.")],
+    over: Annotated[
+        list[str] | None, typer.Option("--over", help="What to vary: section.key=value,value. May be repeated.")
+    ] = None,
+    grid: Annotated[
+        bool, typer.Option("--grid/--one-at-a-time", help="All combinations of several --over, or one at a time.")
+    ] = False,
+    seeds: Annotated[str | None, typer.Option(help="Of every setting: 0,1,2. None: 0, or the study's.")] = None,
+    num_images: Annotated[int | None, typer.Option(min=1, help="Pictures in every run; none: the recipe's.")] = None,
+    count: Annotated[int | None, typer.Option(min=100, help="Pictures each student is measured on.")] = None,
+    overrides: Set = None,
+    minutes: Minutes = None,
+    out: Out = Path("runs/ablate"),
+) -> None:
+    """Distil with equal budgets, varying the recipe; one table with intervals: ablation.html, .md and .json."""
+    from onestroke.commands.ablate import command_line, run_ablate, study_of
+
+    study = study_of(
+        recipe,
+        over or [],
+        is_grid=grid,
+        seeds=seeds,
+        num_images=num_images,
+        count=count,
+        overrides=overrides or [],
+    )
+    options = {"--seeds": seeds, "--num-images": num_images, "--count": count}
+    words = command_line(recipe, over or [], options, is_grid=grid, overrides=overrides or [])
+    run_ablate(study, out, minutes=minutes, command=words, console=console)
+
+
+@app.command()
 def doctor() -> None:
     """What is installed, what works on this machine, what is missing and how to get it."""
     from onestroke.commands.doctor import run_doctor
