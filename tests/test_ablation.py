@@ -415,30 +415,42 @@ def test_an_interrupted_measurement_leaves_the_table_of_what_is_there(tmp_path, 
     assert not done and "2 of 3 runs to go" in printed and (tmp_path / "ablation.html").exists()
 
 
-def test_a_tiny_run_ends_in_a_table(tmp_path, monkeypatch, capsys):
+def test_the_command_line_makes_the_study_and_the_line_that_makes_it_again(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(ablate, "run_ablate", lambda *arguments, **more: calls.append((*arguments, more)))
+    line = "onestroke ablate mini --over losses.distance=pixel,latent --over seed=0 --grid --set train.batch_size=2"
+    line += " --seeds 0,1 --num-images 4 --count 100"
+    monkeypatch.setattr(sys, "argv", [*line.split(), "--minutes", "3", "--out", str(tmp_path)])
+    cli.main()
+    ((study, out, more),) = calls
+    assert out == tmp_path and more["minutes"] == 3 and more["command"] == line
+    assert study.set == {"train.batch_size": 2, "train.num_images": 4} and study.seeds == (0, 1) and study.count == 100
+    assert [setting.label for setting in study.groups[0].settings] == [
+        "losses.distance=pixel, seed=0",
+        "losses.distance=latent, seed=0",
+    ]
+
+
+def test_a_tiny_run_ends_in_a_table(tmp_path, monkeypatch):
     monkeypatch.setattr(ablate, "cap_threads", lambda: None)
     pipeline = tiny_sdxl()
     pipeline.unet.register_to_config(sample_size=32)  # 128 px
     pipeline.save_pretrained(tmp_path / "teacher")
     settings = {
-        "teacher.source": tmp_path / "teacher", "train.batch_size": 2, "train.precision": "float32",
-        "data.num_workers": 0, "train.sample_images": 0, "student_optimizer.warmup_images": 0,
+        "teacher.source": str(tmp_path / "teacher"), "train.num_images": 4, "train.batch_size": 2,
+        "train.precision": "float32", "data.num_workers": 0, "student_optimizer.warmup_images": 0,
     }  # fmt: skip
-    words = ["onestroke", "ablate", "mini", "--over", "losses.distance=latent", "--num-images", "4"]
-    words += ["--count", "100", "--out", str(tmp_path / "out")]
-    words += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    monkeypatch.setattr(sys, "argv", words)
-    cli.main()
-    assert "run 1 of 1" in capsys.readouterr().out
+    study = study_over("mini", ["losses.distance=latent"], shared=settings).model_copy(update={"count": 24})
+    console = Console(file=io.StringIO(), width=200)
+    assert ablate.run_ablate(study, tmp_path / "out", minutes=None, command="onestroke ablate", console=console)
     tree = json.loads((tmp_path / "out" / "ablation.json").read_text())
     assert [one["label"] for one in tree["rows"]] == ["losses.distance=latent"]
-    assert (tree["num_images"], tree["count"], tree["num_missing"]) == (4, 100, 0)
-    assert tree["command"].startswith("onestroke ablate mini --over losses.distance=latent --set teacher.source=")
-    assert tree["command"].endswith("--num-images 4 --count 100")
+    assert (tree["num_images"], tree["count"], tree["num_missing"]) == (4, 24, 0)
+    assert [one["label"] for one in tree["yardsticks"]] == ["real held-out pictures", "the teacher under guidance 2"]
     for one in (*tree["rows"], *tree["yardsticks"]):
         assert len(one["readings"]) == 4 and all(r["low"] < r["value"] < r["high"] for r in one["readings"])
     student, real = tree["rows"][0]["readings"], tree["yardsticks"][0]["readings"]
     assert student[0]["value"] > real[0]["value"] and student[2]["value"] < real[2]["value"]
     (run,) = (tmp_path / "out" / "runs").iterdir()
     assert yaml.safe_load((run / "recipe.yaml").read_text())["losses"]["distance"] == "latent"
-    assert {path.name for path in run.iterdir()} >= {"scores.npz", "student"}
+    assert {path.name for path in run.iterdir()} == {".lock", "logs", "recipe.yaml", "scores.npz", "student"}
