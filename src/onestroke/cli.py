@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from onestroke.errors import OnestrokeError
+from onestroke.errors import OnestrokeError, RecipeError
 
 app = typer.Typer(
     help="Distil a text-to-image model into one that draws in 1 to 4 steps; measure it; draw with it.",
@@ -132,6 +132,84 @@ def report(
     from onestroke.commands.report import run_report
 
     run_report(student, teacher, out, num_images=num_images, guidance=guidance, with_latency=latency, console=console)
+
+
+@app.command()
+def arena(
+    student: Annotated[str | None, typer.Argument(help='"embedded", or a model folder or file.')] = None,
+    teacher: Annotated[str | None, typer.Argument(help='"embedded-teacher", or a model folder or file.')] = None,
+    prompts: Annotated[Path | None, typer.Option(help="One a line; none: the embedded held-out prompts.")] = None,
+    num_prompts: Annotated[int | None, typer.Option(min=1, help="The first so many; each becomes a pair.")] = None,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="The student's.")] = 1,
+    teacher_steps: Annotated[int, typer.Option(min=1, max=1000)] = 50,
+    guidance: Annotated[float | None, typer.Option(min=0.0, help="The teacher's guidance scale.")] = None,
+    votes: Annotated[Path | None, typer.Option(help="The votes file; none: votes.jsonl in --out.")] = None,
+    voter: Annotated[str, typer.Option(help="Whose votes these are.")] = "me",
+    results: Annotated[Path | None, typer.Option(help="Print what this votes file says, and stop.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first picture, and of the order.")] = 0,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Of this machine's own address; 0 takes a free one.")
+    ] = 8760,
+    out: Out = Path("runs/arena"),
+) -> None:
+    """Vote blind on pictures of a student and its teacher, in the browser; Elo and Bradley-Terry from the votes."""
+    from onestroke.commands.arena import print_results, run_arena
+
+    if results is not None:
+        print_results(results, console)
+        return
+    if student is None or teacher is None:
+        raise RecipeError(
+            "two models are needed", where="arena", fix="As in `onestroke arena embedded embedded-teacher`."
+        )
+    run_arena(
+        student,
+        teacher,
+        out,
+        prompts=prompts,
+        num_prompts=num_prompts,
+        steps=steps,
+        teacher_steps=teacher_steps,
+        guidance=guidance,
+        votes=votes,
+        voter=voter,
+        seed=seed,
+        port=port,
+        console=console,
+    )
+
+
+@app.command()
+def ablate(
+    recipe: Annotated[str, typer.Argument(help="A recipe (file or packaged name), or a study file with groups.")],
+    over: Annotated[
+        list[str] | None, typer.Option("--over", help="What to vary: section.key=value,value. May be repeated.")
+    ] = None,
+    grid: Annotated[
+        bool, typer.Option("--grid/--one-at-a-time", help="All combinations of several --over, or one at a time.")
+    ] = False,
+    seeds: Annotated[str | None, typer.Option(help="Of every setting: 0,1,2. None: 0, or the study's.")] = None,
+    num_images: Annotated[int | None, typer.Option(min=1, help="Pictures in every run; none: the recipe's.")] = None,
+    count: Annotated[int | None, typer.Option(min=100, help="Pictures each student is measured on.")] = None,
+    overrides: Set = None,
+    minutes: Minutes = None,
+    out: Out = Path("runs/ablate"),
+) -> None:
+    """Distil with equal budgets, varying the recipe; one table with intervals: ablation.html, .md and .json."""
+    from onestroke.commands.ablate import command_line, run_ablate, study_of
+
+    study = study_of(
+        recipe,
+        over or [],
+        is_grid=grid,
+        seeds=seeds,
+        num_images=num_images,
+        count=count,
+        overrides=overrides or [],
+    )
+    options = {"--seeds": seeds, "--num-images": num_images, "--count": count}
+    words = command_line(recipe, over or [], options, is_grid=grid, overrides=overrides or [])
+    run_ablate(study, out, minutes=minutes, command=words, console=console)
 
 
 @app.command()
