@@ -33,7 +33,7 @@ from onestroke.ablation.table import (
 )
 from onestroke.commands import ablate
 from onestroke.errors import NonFiniteLoss, RecipeError, ResourceError
-from onestroke.evaluate.metrics import Interval, paired_bootstrap
+from onestroke.evaluate.intervals import Interval, paired_bootstrap
 from onestroke.train.trainer import Progress
 from tests.pipelines import tiny_sdxl
 
@@ -146,7 +146,7 @@ def test_the_papers_table_is_ready_with_equal_budgets():
     assert all(len(rows[label]) == 3 for label in ("adversarial alone", "distillation alone", "both"))
     assert rows["adversarial alone"][0].recipe.losses.distill_weight == 0
     assert rows["distillation alone"][0].recipe.losses.adversarial_weight == 0
-    for same in ("exponential", "text and image", "the teacher's weights", "pixels"):
+    for same in ("exponential", "text and image", "the teacher's weights", "latents"):
         assert rows[same] == rows["both"]
     different = {run.recipe.model_dump_json(exclude={"seed"}) for run in runs}
     assert len(different) == 10
@@ -237,9 +237,9 @@ def test_an_order_is_claimed_only_where_intervals_part():
 
 def report_with(rows, **changes):
     study = study_over("mini", ["losses.weighting=sds,nfsd"], shared={"train.num_images": 320}, count=100)
-    captions = tuple(SimpleNamespace(text=f"a fox {i}") for i in range(6))
+    prompts = SimpleNamespace(texts=tuple(f"a fox {i}" for i in range(6)))
     reference = np.random.default_rng(0).normal(size=(100, 3))
-    state = ablate._Progress(Path(), Yardstick(None, captions, reference, scores_of(reference, 0.1)), Console(), None)
+    state = ablate._Progress(Path(), Yardstick(None, prompts, reference, scores_of(reference, 0.1)), Console(), None)
     report = ablate.report_of(study, entries_of(study), state, None, "onestroke ablate mini --over losses.weighting=a")
     return replace(report, rows=tuple(rows), claims=claims_of(rows), **changes)
 
@@ -319,15 +319,15 @@ class Machine:
     def __init__(self, monkeypatch, reference: np.ndarray) -> None:
         self.trained, self.stops, self.breaks = [], set(), set()
         self.reference = reference
-        captions = tuple(SimpleNamespace(text=f"a fox {i}") for i in range(len(reference)))
-        yardstick = Yardstick(None, captions, reference, scores_of(reference, 0.1))
+        prompts = SimpleNamespace(texts=tuple(f"a fox {i}" for i in range(len(reference))))
+        yardstick = Yardstick(None, prompts, reference, scores_of(reference, 0.1))
         monkeypatch.setattr(Yardstick, "stamp", "judge")
         monkeypatch.setattr(ablate, "cap_threads", lambda: None)
-        monkeypatch.setattr(ablate, "make_yardstick", lambda judge, count: yardstick)
+        monkeypatch.setattr(ablate, "make_yardstick", lambda judge, count, cache: yardstick)
         monkeypatch.setattr(ablate, "distill", self.distill)
         monkeypatch.setattr(ablate, "load", str)
         monkeypatch.setattr(
-            ablate, "measure", lambda model, yardstick, **more: scores_of(reference, 1.0 + len(self.trained))
+            ablate, "measure", lambda model, yardstick, cache, **more: scores_of(reference, 1.0 + len(self.trained))
         )
 
     def distill(self, recipe, out, *, minutes, observe):
@@ -405,7 +405,7 @@ def test_a_run_that_breaks_is_a_finding_and_the_others_go_on(tmp_path, machine):
 
 
 def test_an_interrupted_measurement_leaves_the_table_of_what_is_there(tmp_path, machine, monkeypatch, reference):
-    def interrupted(model, yardstick, **more):
+    def interrupted(model, yardstick, cache, **more):
         if len(machine.trained) == 2:
             raise KeyboardInterrupt
         return scores_of(reference, 1.0)
@@ -421,7 +421,9 @@ def test_the_command_line_makes_the_study_and_the_line_that_makes_it_again(tmp_p
     line = "onestroke ablate mini --over losses.distance=pixel,latent --over seed=0 --grid --set train.batch_size=2"
     line += " --seeds 0,1 --num-images 4 --count 100"
     monkeypatch.setattr(sys, "argv", [*line.split(), "--minutes", "3", "--out", str(tmp_path)])
-    cli.main()
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 0
     ((study, out, more),) = calls
     assert out == tmp_path and more["minutes"] == 3 and more["command"] == line
     assert study.set == {"train.batch_size": 2, "train.num_images": 4} and study.seeds == (0, 1) and study.count == 100

@@ -221,7 +221,7 @@ def test_distill_leaves_a_student_and_goes_on_from_it(weights, tmp_path):
     console = paper()
     lines = distill.next_commands(distill.resolve_recipe("mini", None, None, None), out / "student", out)
     assert (out / "student" / "model_index.json").exists()
-    assert f"--model '{out}/student'" in lines[0] and lines[2].startswith("onestroke report")
+    assert f"--model '{out}/student'" in lines[0] and lines[2].startswith("onestroke evaluate")
     generate.run_generate(
         "a person", tmp_path / "a.png", str(out / "student"), steps=1, seed=0, guidance=0.0, count=1, console=console
     )

@@ -1,14 +1,16 @@
 """The embedded model's parts: what a trained VAE, judge and package owe to the rest."""
 
+import numpy as np
 import pytest
 import torch
 
 from onestroke.data.comicset.character import draw_character
 from onestroke.data.comicset.dataset import ComicSource
-from onestroke.embedded import assess, embedded_judge, embedded_student, embedded_teacher, weights_folder
+from onestroke.embedded import embedded_judge, embedded_student, embedded_teacher, weights_folder
 from onestroke.embedded.architecture import build_unet, train_tokenizer
 from onestroke.embedded.autoencoder import build_autoencoder, normalise_latents
 from onestroke.embedded.fit import fit, stack_images
+from onestroke.embedded.held_out import JUDGE, comic_pictures, comic_prompts, judged, value_namer
 from onestroke.embedded.judge import IGNORED, NOTHING, Judge, judge_loss, labels_of, load_judge, new_judge, save_judge
 
 
@@ -138,18 +140,28 @@ def test_teacher_and_student_share_all_but_the_unet(student):
     assert student.scheduler.config.prediction_type == teacher.scheduler.config.prediction_type
 
 
-def test_judged_pictures_come_from_the_cache_the_second_time(student, tmp_path, monkeypatch):
-    way = assess.way_of(student, steps=1, guidance=0.0)
-    captions = [caption.text for caption in assess.prompts(4)]
-    first = assess.judge_drawn(embedded_judge(), way, captions, cache=tmp_path)
-    monkeypatch.setattr(assess, "draw", lambda *a, **k: pytest.fail("drawn again"))
-    second = assess.judge_drawn(embedded_judge(), way, captions, cache=tmp_path)
-    assert (first.features == second.features).all() and first.values == second.values
-
-
 def test_prompts_and_reference_pictures_are_different_halves():
-    rendered = assess.real_pictures(6, odd=False), assess.real_pictures(6, odd=True)
-    assert not any((a == b).all() for a in rendered[0] for b in rendered[1])
-    features = assess.judge_pictures(embedded_judge(), rendered[0]).features
-    assert features.shape == (6, 128)
-    assert stack_images(rendered[0]).shape == (6, 3, 128, 128)
+    real, reference = (comic_pictures(6, odd=odd, label="x") for odd in (False, True))
+    assert not set(real.indices) & set(reference.indices)
+    assert [real.prompt(row) for row in range(6)] == list(comic_prompts(6).texts)
+    assert not {reference.prompt(row) for row in range(6)} & set(comic_prompts(6).texts)
+    rendered = dict(real.read(range(6)))
+    assert stack_images([rendered[row] for row in range(6)]).shape == (6, 3, 128, 128)
+
+
+def test_prompts_name_what_the_judge_can_find_and_the_style_they_ask_for(tmp_path):
+    prompts = comic_prompts(30)
+    seen = judged(embedded_judge(), comic_pictures(30, odd=False, label="real"), tmp_path)
+    values = value_namer(embedded_judge())(seen.parts[JUDGE])
+    assert all(set(named) <= set(found) for named, found in zip(prompts.named, values, strict=True))
+    hits = [named[k] == found[k] for named, found in zip(prompts.named, values, strict=True) for k in named]
+    assert np.mean(hits) > 0.5  # guessing finds about a fifth
+    assert prompts.columns["style"] == tuple(named.get("style", "not named") for named in prompts.named)
+
+
+def test_the_judge_sees_pictures_of_another_size_as_at_its_own(tmp_path):
+    small, large = (
+        judged(embedded_judge(), comic_pictures(8, odd=False, label="x", size=size), tmp_path).parts[JUDGE]
+        for size in (128, 256)
+    )
+    assert np.linalg.norm(small - large) < 0.3 * np.linalg.norm(small - np.roll(small, 1, axis=0))

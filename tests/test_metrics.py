@@ -1,30 +1,52 @@
-"""Known answers of the metrics: worked by hand, from sampling theory, or from torchmetrics."""
+"""Known answers of the metrics: worked by hand, from sampling theory, from torchmetrics or prdc."""
 
 import numpy as np
 import pytest
 import torch
+from prdc import compute_prdc
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from onestroke.errors import DataError
-from onestroke.evaluate.latency import Contender, PartTimer, measure_latency
-from onestroke.evaluate.metrics import (
-    Interval,
-    adherence,
-    block_jackknife,
-    chance_corrected_adherence,
-    contrast,
+from onestroke.evaluate import distances, neighbours
+from onestroke.evaluate.adherence import adherence, chance_corrected_adherence
+from onestroke.evaluate.distances import (
+    block_gaussians,
+    cubic_kernel,
     frechet_bias,
     frechet_distance,
+    frechet_replicates,
+    gaussian_kernel,
     kernel_distance,
-    laplacian_sharpness,
+    kernel_replicates,
     mean_pairwise_distance,
     merge_moments,
     moments,
-    paired_bootstrap,
-    saturation,
     seed_spread,
 )
+from onestroke.evaluate.intervals import (
+    Interval,
+    block_jackknife,
+    blocks_of,
+    by_prompt,
+    mean_replicates,
+    paired_bootstrap,
+)
+from onestroke.evaluate.latency import Contender, PartTimer, measure_latency, peak_memory
+from onestroke.evaluate.neighbours import manifold, nearest_distance, neighbourhood
+from onestroke.evaluate.quality import (
+    GRIDS,
+    PatchGrid,
+    contrast,
+    folded,
+    grid_amplitude,
+    laplacian_sharpness,
+    saturation,
+)
+
+
+def frechet_blocks(a, b, blocks):
+    return frechet_replicates(*(block_gaussians(x, blocks) for x in (a, b)))
 
 
 def gaussian(seed: int, n: int, d: int) -> np.ndarray:
@@ -112,8 +134,19 @@ def test_frechet_and_kernel_distances_equal_torchmetrics():
     assert frechet_distance(a, b) == pytest.approx(fid.compute().item(), rel=1e-6)
     expected = kid.compute()[0].item()
     assert kernel_distance(a, b) == pytest.approx(expected, abs=1e-3)
-    assert kernel_distance(a, b, rows_at_once=7) == pytest.approx(kernel_distance(a, b), rel=1e-10)
     assert expected > 0.1
+
+
+def test_distances_do_not_depend_on_the_rows_held_at_once(monkeypatch):
+    a, b, blocks = gaussian(0, 90, 5), gaussian(1, 90, 5) + 0.3, blocks_of(np.arange(90))
+    whole = kernel_replicates(a, b, blocks)
+    there = neighbourhood(manifold(a, blocks), manifold(b, blocks))
+    monkeypatch.setattr(distances, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(neighbours, "ROWS_AT_ONCE", 7)
+    np.testing.assert_allclose(kernel_replicates(a, b, blocks).left_out, whole.left_out, rtol=1e-9)
+    again = neighbourhood(manifold(a, blocks), manifold(b, blocks))
+    assert again.recall.value == there.recall.value
+    np.testing.assert_array_equal(again.density.left_out, there.density.left_out)
 
 
 def test_kernel_distance_of_two_pictures_matches_hand_computation():
@@ -146,42 +179,135 @@ def _covered(intervals: list[Interval], truth: float) -> float:
 
 def test_block_jackknife_of_a_mean_is_the_classical_t_interval_of_block_means():
     sample = gaussian(5, 200, 1)[:, 0]
-    interval = block_jackknife(np.mean, sample, num_blocks=20)
+    interval = block_jackknife(np.mean, sample, blocks=blocks_of(np.arange(200), 20)).interval()
     error = sample.reshape(20, 10).mean(axis=1).std(ddof=1) / np.sqrt(20)
     assert interval.value == pytest.approx(sample.mean())
     assert interval.high - interval.value == pytest.approx(2.093024 * error)  # t of 19 degrees of freedom
 
 
-def test_block_jackknife_covers_the_frechet_distance_of_shifted_gaussians():
+def test_replicates_from_block_sums_are_those_of_computing_anew():
+    a, b, blocks = gaussian(0, 120, 4), 1.3 * gaussian(1, 120, 4) + 0.2, blocks_of(np.arange(120) // 2)
+    for fast, slow in (
+        (frechet_blocks(a, b, blocks), block_jackknife(frechet_distance, a, b, blocks=blocks)),
+        (kernel_replicates(a, b, blocks), block_jackknife(kernel_distance, a, b, blocks=blocks)),
+        (mean_replicates(a[:, 0], blocks), block_jackknife(np.mean, a[:, 0], blocks=blocks)),
+    ):
+        assert fast.value == pytest.approx(slow.value)
+        np.testing.assert_allclose(fast.left_out, slow.left_out, rtol=1e-9)
+    there = neighbourhood(manifold(a, blocks), manifold(b, blocks))
+    for block in range(10):
+        keep = blocks != block
+        part = compute_prdc(a[keep], b[keep], nearest_k=5)
+        for key, expected in part.items():
+            assert getattr(there, key).left_out[block] == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(("d", "scale", "shift", "truth"), [(3, 1.0, 1.0, 1.0), (16, 1.5, 0.0, 16 * 0.5**2)])
+def test_set_distance_intervals_cover_what_is_known_of_gaussians(d, scale, shift, truth):
+    blocks, corrected, kernels = blocks_of(np.arange(300)), [], []
+    move = np.zeros(d)
+    move[0] = shift
+    for i in range(150):
+        pair = gaussian(2 * i, 300, d), scale * gaussian(2 * i + 1, 300, d) + move
+        corrected.append(frechet_blocks(*pair, blocks).interval(correct_bias=True))
+        kernels.append(kernel_replicates(*pair, blocks).interval())
+    assert 0.90 <= _covered(corrected, truth) <= 0.98  # the distance of the distributions themselves
+    assert np.mean([interval.value for interval in corrected]) == pytest.approx(truth, rel=0.05)
+    far = gaussian(900, 4000, d), scale * gaussian(901, 4000, d) + move
+    assert 0.90 <= _covered(kernels, kernel_distance(*far)) <= 0.98
+
+
+def test_uncorrected_frechet_intervals_cover_its_mean_at_that_number_of_pictures():
+    blocks = blocks_of(np.arange(300))
     shift = np.array([1.0, 0.0, 0.0])
     pairs = [(gaussian(2 * i, 300, 3), gaussian(2 * i + 1, 300, 3) + shift) for i in range(150)]
-    plain = [block_jackknife(frechet_distance, *pair, num_blocks=15) for pair in pairs]
-    corrected = [block_jackknife(frechet_distance, *pair, num_blocks=15, correct_bias=True) for pair in pairs]
-    expected = float(np.mean([interval.value for interval in plain]))  # what n = 300 gives on average
-    assert 0.90 <= _covered(plain, expected) <= 0.99
-    assert 0.90 <= _covered(corrected, 1.0) <= 0.99  # the distance of the distributions themselves
-    assert abs(np.mean([interval.value for interval in corrected]) - 1) < abs(expected - 1)
+    plain = [frechet_blocks(*pair, blocks).interval() for pair in pairs]
+    assert 0.90 <= _covered(plain, float(np.mean([interval.value for interval in plain]))) <= 0.98
+
+
+def test_intervals_of_equal_gaussians_are_not_too_narrow():
+    blocks, runs = blocks_of(np.arange(200)), []
+    for i in range(60):
+        runs.append(kernel_replicates(gaussian(2 * i, 200, 4), gaussian(2 * i + 1, 200, 4), blocks).interval())
+    assert _covered(runs, 0.0) >= 0.95
 
 
 def test_block_jackknife_of_a_ratio_covers_and_gains_from_pairing():
-    def ratio(a, b):
-        return a.mean() / b.mean()
-
-    paired, shuffled = [], []
+    paired, shuffled, blocks = [], [], blocks_of(np.arange(200))
     for seed in range(200):
         rng = np.random.default_rng(seed)
         shared, noise = rng.uniform(1, 9, 200), 0.1 * rng.standard_normal(200)
-        paired.append(block_jackknife(ratio, 2 * shared + noise, shared))
-        shuffled.append(block_jackknife(ratio, 2 * shared + noise, np.roll(shared, 37)))
-    assert 0.90 <= _covered(paired, 2.0) <= 0.99
+        above, below = mean_replicates(2 * shared + noise, blocks), mean_replicates(shared, blocks)
+        paired.append((above / below).interval())
+        shuffled.append((above / mean_replicates(np.roll(shared, 37), blocks)).interval())
+    assert 0.90 <= _covered(paired, 2.0) <= 0.98
     assert np.mean([i.high - i.low for i in paired]) < 0.1 * np.mean([i.high - i.low for i in shuffled])
 
 
-def test_block_jackknife_refuses_unequal_and_too_few_samples():
+def test_intervals_refuse_unequal_and_too_few_samples():
     with pytest.raises(DataError, match="50 and 60"):
-        block_jackknife(frechet_distance, gaussian(0, 50, 2), gaussian(1, 60, 2))
-    with pytest.raises(DataError, match="30 samples are too few for 20 blocks"):
-        block_jackknife(np.mean, gaussian(0, 30, 1))
+        block_jackknife(np.mean, gaussian(0, 50, 2), gaussian(1, 60, 2))
+    with pytest.raises(DataError, match="15 samples are too few for 10 blocks. Take 20"):
+        block_jackknife(np.mean, gaussian(0, 15, 1))
+    with pytest.raises(DataError, match="too few"):
+        blocks_of(np.arange(60) // 4)  # 15 prompts of 4 pictures
+
+
+def test_pictures_of_one_prompt_share_a_block_and_count_as_one_for_the_bootstrap():
+    groups = np.arange(60) // 3
+    blocks = blocks_of(groups)
+    assert all(len(set(blocks[groups == g])) == 1 for g in range(20)) and len(set(blocks)) == 10
+    assert by_prompt(np.arange(6.0), np.array([0, 0, 1, 1, 3, 3])) == pytest.approx([0.5, 2.5, 4.5])
+    repeated = np.repeat(gaussian(3, 50, 1)[:, 0], 4)
+    once = paired_bootstrap(by_prompt(repeated, np.arange(200) // 4))
+    assert once.high - once.low > 1.7 * (paired_bootstrap(repeated).high - paired_bootstrap(repeated).low)
+
+
+def test_neighbour_measures_equal_prdc():
+    a, b = gaussian(7, 150, 6), 0.8 * gaussian(8, 150, 6) + 0.4
+    there = neighbourhood(*(manifold(x, blocks_of(np.arange(150)), nearest=4) for x in (a, b)))
+    for key, expected in compute_prdc(a, b, nearest_k=4).items():
+        assert getattr(there, key).value == pytest.approx(expected, abs=1e-3)
+        assert 0 < expected < 1.5
+
+
+def test_neighbour_measures_tell_lost_kinds_from_bad_pictures():
+    blocks, real = blocks_of(np.arange(200)), gaussian(1, 200, 4)
+    real[::2] += 20  # two kinds of picture
+    one_kind = gaussian(2, 200, 4)
+    there = neighbourhood(manifold(real, blocks), manifold(one_kind, blocks))
+    assert there.precision.value > 0.9 and there.recall.value < 0.6 and there.coverage.value < 0.6
+    bad = neighbourhood(manifold(real, blocks), manifold(gaussian(3, 200, 4) + 60, blocks))
+    assert bad.precision.value == bad.coverage.value == 0
+
+
+def test_neighbour_intervals_cover_their_mean():
+    blocks, runs = blocks_of(np.arange(120)), []
+    for i in range(100):
+        runs.append(neighbourhood(*(manifold(gaussian(2 * i + k, 120, 3) + 0.7 * k, blocks) for k in (0, 1))))
+    for key in ("precision", "density"):
+        values = [getattr(run, key) for run in runs]
+        assert _covered([v.interval() for v in values], float(np.mean([v.value for v in values]))) >= 0.90
+
+
+def test_neighbour_measures_refuse_unequal_and_too_few():
+    few = blocks_of(np.arange(20))
+    with pytest.raises(DataError, match="20 pictures are too few for 18 neighbours"):
+        manifold(gaussian(0, 20, 2), few, nearest=18)
+    with pytest.raises(DataError, match="equally many"):
+        neighbourhood(manifold(gaussian(0, 40, 2), blocks_of(np.arange(40))), manifold(gaussian(0, 20, 2), few))
+
+
+def test_nearest_distance_is_that_of_the_nearest():
+    reference = np.array([[0.0, 0.0], [10.0, 0.0]])
+    assert nearest_distance(np.array([[3.0, 4.0], [10.0, 1.0]]), reference) == pytest.approx([5, 1])
+
+
+def test_cmmd_of_hand_made_directions():
+    a, b = np.array([[2.0, 0.0], [1.0, 0.0]]), np.array([[0.0, 3.0], [0.0, 1.0]])  # two directions, a right angle
+    # within each set 1000; across exp(-2 / 2 sigma^2) = exp(-0.01): 1000 (2 - 2 exp(-0.01))
+    assert kernel_distance(a, b, kernel=gaussian_kernel) == pytest.approx(2000 * (1 - np.exp(-0.01)))
+    assert cubic_kernel(a, b) == pytest.approx(np.ones((2, 2)))
 
 
 def test_paired_bootstrap_matches_normal_theory_and_covers():
@@ -258,6 +384,46 @@ def test_looks_of_pictures_match_hand_computation():
     assert saturation(checks) == pytest.approx([0, 1])
 
 
+def _with_lines(pictures: np.ndarray, stride: int, depth: int) -> np.ndarray:
+    lined = pictures.astype(int)
+    lined[:, ::stride] -= depth
+    lined[:, :, ::stride] -= depth
+    return lined.clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("grid", [g for g in GRIDS if g.stride <= 16], ids=lambda g: g.name)
+def test_a_grid_is_found_at_its_own_stride_and_content_is_not(grid):
+    rng, blocks = np.random.default_rng(0), blocks_of(np.arange(60))
+    smooth = np.kron(rng.integers(60, 200, (120, 16, 16, 1)), np.ones((1, 8, 8, 1), int)).astype(np.uint8)
+    pictures = np.stack([np.roll(p, rng.integers(0, 64, 2), (0, 1)) for p in smooth.repeat(3, axis=3)])
+    ours, theirs = pictures[:60], pictures[60:]
+    if grid.is_resized:  # what the network sees is 126 px wide
+        ours, theirs = ours[:, :126, :126], theirs[:, :126, :126]
+    plain = grid_amplitude(folded(ours, grid), folded(theirs, grid), blocks)
+    lined = grid_amplitude(folded(_with_lines(ours, grid.stride, 24), grid), folded(theirs, grid), blocks)
+    assert plain.low == 0 and lined.low > 1 and lined.low > plain.high
+
+
+def test_the_amplitude_of_a_grid_is_in_grey_levels():
+    grid, blocks = PatchGrid(8), blocks_of(np.arange(20))
+    waves = np.sin(2 * np.pi * np.arange(64) / 8)
+    plain = np.full((20, 64, 64, 3), 128, np.uint8)
+    waved = (128 + 40 * waves[None, :, None, None]).repeat(64, 2).repeat(3, 3).repeat(20, 0).round().astype(np.uint8)
+    amplitude = grid_amplitude(folded(waved, grid), folded(plain, grid), blocks)
+    assert amplitude.value == pytest.approx(40 / np.sqrt(2), rel=0.06)  # a sine; borders have no whole mean
+    assert (folded(plain[:, :40, :40], grid) == 0).all()  # five patches to a side are too few
+
+
+def test_memory_of_a_drawing_is_measured_at_its_highest_point():
+    size = 200 * 2**20
+    before = peak_memory(lambda: None, torch.device("cpu"))
+    if before is None:
+        pytest.skip("this system does not tell")
+    after = peak_memory(lambda: np.ones(size, np.uint8).sum(), torch.device("cpu"))
+    assert 0.8 * size < after - before < 2 * size
+    assert peak_memory(lambda: None, torch.device("cpu")) - before < 0.5 * size
+
+
 def test_latency_takes_medians_splits_parts_and_compares_within_a_round(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("onestroke.evaluate.latency.time.perf_counter", lambda: clock[0])
@@ -293,3 +459,5 @@ def test_latency_takes_medians_splits_parts_and_compares_within_a_round(monkeypa
     assert rows[1].parts["unet"] / rows[1].parts["vae"] == pytest.approx(2)
     assert rows[1].parts["text"] == 0 and rows[1].num_runs == 3
     assert rows[1].fastest <= rows[1].total <= rows[1].slowest
+    assert rows[2].per_hour == pytest.approx(3600 * 2 / rows[2].total)
+    assert rows[1].least_speedup <= rows[1].speedup <= rows[1].most_speedup

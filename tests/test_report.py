@@ -14,17 +14,24 @@ import pytest
 from PIL import Image
 
 from onestroke.errors import DataError, ResourceError
-from onestroke.evaluate.grids import ACCENT, Column, Grid, GridRow, data_uri, grid_image
+from onestroke.evaluate.adherence import AttributeScore
+from onestroke.evaluate.findings import (
+    Figure,
+    Flag,
+    GroupTable,
+    Highlight,
+    Measured,
+    Missing,
+    Note,
+    Outcome,
+    Reading,
+    Target,
+)
+from onestroke.evaluate.grids import ACCENT, Column, Gallery, Grid, GridRow, Tile, data_uri, grid_image
 from onestroke.evaluate.latency import LatencyRow
-from onestroke.evaluate.metrics import AttributeScore
 from onestroke.evaluate.plots import Chart, Series, interval_strip, line_chart, linear_ticks, log_ticks, short
 from onestroke.evaluate.report import (
-    Figure,
-    Highlight,
-    Note,
-    Reading,
     Report,
-    Target,
     figure_value,
     read_report,
     report_html,
@@ -55,7 +62,14 @@ def full_report(text: str = "a fox") -> Report:
         recipe=text,
         highlights=(Highlight(text, text),),
         grids=(small_grid(text), small_grid(text)),
-        figures=(Figure(text, text, (reading,), features=text, count=5000),),
+        gate=(Outcome(False, text), Outcome(True, text)),
+        flags=(Flag(text, "grid", text, text, 2.0, 1.5, 2.5),),
+        figures=(Figure(text, text, (reading,), features=text, count=5000, question=text, is_trained_against=True),),
+        groups=(GroupTable(text, text, ((text, text, "times"),), ((text, 30, (reading,)), (text, 20, (None,)))),),
+        galleries=(Gallery(text, text, (Tile(text, text, *map(flat, COLORS[:2])),)),),
+        failures={text: (text,)},
+        missing=(Missing(text, text, text),),
+        measures=(Measured("fd", text, 1.5, 1.2, None, 5000, 1, text, "student", text, text),),
         latency=(LatencyRow(text, 50, 4.0, 16, 2.0, 1.9, 2.2, {"text": 0.1, "unet": 1.8, text: 0.1}, 1.0, 5),),
         adherence={text: {text: AttributeScore(10, 8, 0.5, 0.6), "only one": AttributeScore(10, 9, 1.0, None)}},
         charts=(Chart(text, (Series(text, ((0, 1.0), (10, math.nan), (20, 3.0))),), text, text, caption=text),),
@@ -102,7 +116,7 @@ def test_everything_a_user_wrote_is_escaped():
 def test_pictures_on_the_page_are_the_pictures_given():
     page = Page(report_html(full_report()))
     images = [address for address in page.addresses if address.startswith("data:")]
-    assert len(images) == 6
+    assert len(images) == 8
     decoded = np.asarray(Image.open(io.BytesIO(base64.b64decode(images[2].split(",")[1]))))
     np.testing.assert_array_equal(decoded, flat(COLORS[2]))
     noise = np.random.default_rng(0).integers(0, 256, (64, 48, 3), dtype=np.uint8)
@@ -128,6 +142,22 @@ def test_page_says_which_targets_are_met_and_how_surely():
     assert not Target("at least", 0.85).met(math.nan) and not Target("at most", 1.0).met(math.nan)
 
 
+def test_the_page_says_what_the_gate_says_and_what_is_broken():
+    bad = Page(report_html(full_report())).text
+    assert "The gate is not passed" in bad and "Broken" in bad and "trained against" in bad and "Not measured" in bad
+    good = Page(report_html(Report("t", "s", gate=(Outcome(True, "fine"),), flags=()))).text
+    assert "The gate is passed" in good and "Nothing is broken" in good
+    assert "broken" not in Page(report_html(Report("t", "s"))).text.lower()
+
+
+def test_figures_of_one_question_stand_under_it():
+    names = {"Nearness": "How near?", "Speed of light": "How fast?", "Likeness": "How near?"}
+    figures = tuple(Figure(name, "m", (Reading("a", 1.0),), question=q) for name, q in names.items())
+    text = Page(report_html(Report("t", "s", figures=figures))).text
+    order = ("How near?", "Nearness", "Likeness", "How fast?", "Speed of light")
+    assert sorted(order, key=text.index) == list(order) and text.count("How near?") == 1
+
+
 def test_an_almost_empty_report_is_a_page_without_empty_sections():
     page = Page(report_html(Report("Title", "Summary")))
     assert "Title" in page.text and "section" not in page.tags and "a" not in page.tags
@@ -139,7 +169,8 @@ def test_json_holds_the_numbers_and_reads_back_as_the_report(tmp_path):
     raw = json.loads((tmp_path / "runs" / "report.json").read_text())
     assert raw["figures"][0]["readings"][0]["value"] == 1.5
     assert raw["latency"][0]["parts"]["unet"] == 1.8
-    assert read_report(tmp_path / "runs" / "report.json") == dataclasses.replace(report, grids=())
+    assert raw["measures"][0]["key"] == "fd" and raw["gate"][0]["passed"] is False
+    assert read_report(tmp_path / "runs" / "report.json") == dataclasses.replace(report, grids=(), galleries=())
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["report.html", "report.json"]
 
 
@@ -262,5 +293,6 @@ def test_numbers_are_written_for_readers():
     assert figure_value(0.8754, "percent") == "87.5%"
     assert [figure_value(v, "points") for v in (-0.014, 0.002, -0.0001)] == ["−1.4 points", "+0.2 points", "0.0 points"]
     assert figure_value(1.63, "times") == "1.63×"
+    assert figure_value(12345.0, "count") == "12,345"
     assert [seconds(v) for v in (2.0, 0.0123, 0.9999)] == ["2.00 s", "12.3 ms", "1.00 s"]
     assert [short(v) for v in (20_000, 1_500_000, -0.05, 0)] == ["20k", "1.5M", "−0.05", "0"]

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import re
+
 import yaml
 
-from onestroke.config import Recipe
+from onestroke.config import Recipe, recipe_from
+from onestroke.errors import RecipeError
+
+NOT_MEASURED = "Not measured yet: run `onestroke evaluate` on this folder.\n"
+_EVALUATION = re.compile(r"(?<=^## Evaluation\n\n).*?(?=^## |\Z)", re.M | re.S)
+_RECIPE = re.compile(r"^## Recipe\n+```yaml\n(.*?)^```", re.M | re.S)
 
 
 def model_card(recipe: Recipe, *, images: int, figures: str = "") -> str:
     """README.md of the student's folder: how to draw with it, the recipe, and the figures where there are any."""
     resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    evaluation = figures or "Not measured yet: run `onestroke report` on this folder.\n"
+    evaluation = figures or NOT_MEASURED
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
@@ -38,3 +45,21 @@ Draw with `guidance_scale=0.0` and 1, 2 or 4 steps. Image-to-image needs `int(nu
 ```yaml
 {resolved}```
 """
+
+
+def with_evaluation(card: str, section: str) -> str | None:
+    """The card with `section` for its evaluation; None where it has no such heading, and is not ours to change."""
+    if not _EVALUATION.search(card):
+        return None
+    return _EVALUATION.sub(lambda _: section.rstrip("\n") + "\n\n", card, count=1).rstrip("\n") + "\n"
+
+
+def recipe_in(card: str) -> Recipe | None:
+    """The recipe that a card was written with; None where there is none that this version reads."""
+    found = _RECIPE.search(card)
+    if not found:
+        return None
+    try:
+        return recipe_from(yaml.safe_load(found[1]) or {})
+    except (yaml.YAMLError, RecipeError):
+        return None

@@ -21,6 +21,7 @@ app = typer.Typer(
 bench = typer.Typer(help="Timings, each a command.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 console = Console()
+GATE_FAILED = 3  # exit status: measured, and not good enough; 1 is an error
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where the result goes.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a recipe key: section.key=value.")]
@@ -120,18 +121,37 @@ def comicset(
 
 
 @app.command()
-def report(
+def evaluate(
     student: Annotated[str, typer.Argument(help='"embedded", or a student folder.')] = "embedded",
-    teacher: str = "embedded-teacher",
-    num_images: Annotated[int, typer.Option(min=100, help="Pictures of each set.")] = 1000,
-    guidance: Annotated[float | None, typer.Option(help="The teacher's guidance scale.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="The model to replace; none: the one of its recipe.")] = None,
+    data: Annotated[str | None, typer.Option(help='Held-out captioned pictures: a folder, or "comicset".')] = None,
+    steps: Annotated[str, typer.Option(help="The student's numbers of steps.")] = "1,2,4",
+    teacher_steps: Annotated[int, typer.Option(min=2)] = 50,
+    prompts: Annotated[
+        Path | None, typer.Option(help=".txt, .jsonl, .csv or .parquet; none: captions of DATA.")
+    ] = None,
+    num_images: Annotated[int, typer.Option(min=2, help="Pictures of each set.")] = 1000,
+    gate: Annotated[str, typer.Option(help='As in "fd_ratio@1<=1.1, adherence_drop@1<=0.02".')] = "",
+    group_by: Annotated[list[str] | None, typer.Option(help="A column of the prompts; repeat for more.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0.0, help="The teacher's guidance scale.")] = None,
+    size: Annotated[int | None, typer.Option(min=8, help="Pixels a side; none: the recipe's or the model's.")] = None,
+    weights: Annotated[list[str] | None, typer.Option(help="NAME=PATH of a feature network or scorer.")] = None,
+    trained_against: Annotated[list[str] | None, typer.Option(help="A network the discriminator saw.")] = None,
+    teacher_floor: Annotated[bool, typer.Option(help="Draw the teacher once more, with other seeds.")] = True,
     latency: Annotated[bool, typer.Option(help="Time student and teacher as well.")] = True,
-    out: Out = Path("runs/report"),
+    cache: Annotated[Path | None, typer.Option(help="Where pictures are kept; none: OUT/cache.")] = None,
+    out: Out = Path("runs/evaluate"),
 ) -> None:
-    """Measure a student of the embedded kind against its teacher on held-out pictures: report.html and report.json."""
-    from onestroke.commands.report import run_report
+    """Measure a student against its teacher on held-out pictures; exits with 3 where the gate fails."""
+    from onestroke.commands.evaluate import Request, parse_steps, parse_weights, run_evaluate
 
-    run_report(student, teacher, out, num_images=num_images, guidance=guidance, with_latency=latency, console=console)
+    request = Request(
+        student, teacher, data, out, parse_steps(steps), teacher_steps, prompts, num_images, gate, guidance, size,
+        tuple(group_by) if group_by else None, parse_weights(weights or []), tuple(trained_against or ()),
+        teacher_floor, latency, cache,
+    )  # fmt: skip
+    if not run_evaluate(request, console=console):
+        raise typer.Exit(GATE_FAILED)
 
 
 @app.command()
@@ -245,9 +265,7 @@ def main() -> None:
 
     quiet()
     try:
-        app(standalone_mode=False)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        sys.exit(app(standalone_mode=False) or 0)  # the status of typer.Exit comes back as the value
     except OnestrokeError as error:
         print(f"onestroke: {error}", file=sys.stderr)
         sys.exit(1)

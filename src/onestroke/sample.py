@@ -9,6 +9,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, EulerAncestralDiscreteScheduler
 from jaxtyping import UInt8
 
+from onestroke.errors import ModelError
 from onestroke.types import PredictionType
 
 
@@ -54,7 +55,8 @@ def draw(
 ) -> UInt8[np.ndarray, "n h w 3"]:
     """One picture per prompt and seed; the same whatever the batch, up to the arithmetic's rounding.
 
-    `guidance` 0 or 1 asks the UNet once a step, more asks it twice. `size`: height, width in pixels.
+    `guidance` 0 or 1 asks the UNet once a step, more asks it twice. `size`: height, width in pixels. Raises ModelError
+    where the model's pictures are not finite (float16 VAEs overflow), rather than hand out black ones.
     """
     extra = {} if size is None else {"height": size[0], "width": size[1]}
     parts = []
@@ -69,5 +71,9 @@ def draw(
             output_type="np",
             **extra,
         ).images
+        if not np.isfinite(images).all():
+            raise ModelError(
+                "the model drew pictures that are not finite", fix="Load it in float32 or bfloat16, or mend its VAE."
+            )
         parts.append((images * 255).round().astype(np.uint8))
     return np.concatenate(parts)

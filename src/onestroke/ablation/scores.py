@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +12,15 @@ import numpy as np
 from diffusers import DiffusionPipeline
 from jaxtyping import Float, UInt8
 
-from onestroke.data.comicset.captions import Caption
-from onestroke.embedded import assess
+from onestroke.embedded.held_out import JUDGE, comic_pictures, comic_prompts, judge_observer, judged, value_namer
 from onestroke.embedded.judge import Judge
 from onestroke.errors import ResourceError
-from onestroke.evaluate.metrics import adherence
-from onestroke.sample import draw
+from onestroke.evaluate.adherence import adherence
+from onestroke.evaluate.collect import observe
+from onestroke.evaluate.drawn import MeasureCache, PictureCache
+from onestroke.evaluate.observer import fingerprint
+from onestroke.evaluate.pictures import DrawnSet, orders_of, ways_of
+from onestroke.evaluate.prompts import PromptSet
 
 STEPS = (1, 4)
 NUM_SHOWN = 6  # pictures of each run on the page: the first prompts and seeds of those that are measured
@@ -39,55 +42,53 @@ class Yardstick:
     """What every run is measured against: n held-out prompts, and as many real pictures of others."""
 
     judge: Judge
-    captions: tuple[Caption, ...]
+    prompts: PromptSet
     reference: Float[np.ndarray, "n d"]
     real: Scores  # of the very pictures that the prompts were written for: what no model is expected to beat
 
     @property
     def stamp(self) -> str:
         """What scores have to agree in to be compared."""
-        return f"{assess.fingerprint(self.judge)}/{len(self.captions)}"
+        return f"{fingerprint(self.judge)}/{len(self.prompts.texts)}"
 
 
-def make_yardstick(judge: Judge, count: int) -> Yardstick:
+def make_yardstick(judge: Judge, count: int, cache: Path) -> Yardstick:
     """The captions of the first `count` even held-out pictures, and the features of as many odd ones."""
-    captions = tuple(assess.prompts(count))
-    reference = assess.judge_real(judge, count, odd=True).features
-    real = assess.judge_real(judge, count, odd=False)
-    followed = _followed(captions, real)
-    return Yardstick(
-        judge, captions, reference, Scores(dict.fromkeys(STEPS, real.features), dict.fromkeys(STEPS, followed), {})
-    )
+    prompts = comic_prompts(count)
+    halves = [comic_pictures(count, odd=odd, label="real pictures") for odd in (True, False)]
+    reference, real = (judged(judge, half, cache).parts[JUDGE] for half in halves)
+    followed = _followed(judge, prompts, real)
+    return Yardstick(judge, prompts, reference, Scores(dict.fromkeys(STEPS, real), dict.fromkeys(STEPS, followed), {}))
 
 
 def measure(
     pipeline: DiffusionPipeline,
     yardstick: Yardstick,
+    cache: Path,
     *,
     guidance: float = 0.0,
-    cache: Path | None = None,
     on_progress: Progress = lambda what, done, total: None,
 ) -> Scores:
     """Draw a picture for every prompt at each number of steps and judge it; resumable through `cache`."""
-    texts = [caption.text for caption in yardstick.captions]
+    judge, prompts = yardstick.judge, yardstick.prompts
+    orders, pictures = orders_of(prompts.texts), PictureCache(cache)
     features, followed, shown = {}, {}, {}
-    for steps in STEPS:
+    for steps, way in ways_of(pipeline, STEPS, guidance=guidance).items():
 
-        def tell(done: int, total: int, steps: int = steps) -> None:
-            on_progress(f"{steps} step{'s' if steps > 1 else ''}", done, total)
+        def tell(done: int, steps: int = steps) -> None:
+            on_progress(f"{steps} step{'s' if steps > 1 else ''}", done, len(orders))
 
-        way = assess.way_of(pipeline, steps=steps, guidance=guidance)
-        judged = assess.judge_drawn(yardstick.judge, way, texts, cache=cache, on_progress=tell)
-        features[steps] = judged.features
-        followed[steps] = _followed(yardstick.captions, judged)
-        few = texts[:NUM_SHOWN]
-        shown[steps] = draw(pipeline, few, seeds=range(len(few)), steps=steps, guidance=guidance)
+        drawn = DrawnSet("drawn", "student", way, orders, pictures)
+        features[steps] = observe(drawn, [judge_observer(judge)], MeasureCache(cache), on_picture=tell).parts[JUDGE]
+        followed[steps] = _followed(judge, prompts, features[steps])
+        few = [picture for _, picture in drawn.read(range(min(NUM_SHOWN, len(orders))))]
+        shown[steps] = np.stack(few)
     return Scores(features, followed, shown)
 
 
-def _followed(captions: Sequence[Caption], judged: assess.Judged) -> Float[np.ndarray, " n"]:
-    named = [caption.named for caption in captions]
-    return np.array(adherence(named, judged.values, reference=named).per_prompt)
+def _followed(judge: Judge, prompts: PromptSet, features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " n"]:
+    values = value_namer(judge)(features)
+    return np.array(adherence(prompts.named, values, reference=prompts.named).per_prompt)
 
 
 def save_scores(scores: Scores, stamp: str, path: Path) -> None:

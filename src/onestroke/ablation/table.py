@@ -18,11 +18,11 @@ from jaxtyping import Float
 from scipy.special import stdtrit
 
 from onestroke.ablation.scores import STEPS, Scores
-from onestroke.evaluate.metrics import Interval, block_jackknife, frechet_distance, paired_bootstrap
+from onestroke.evaluate.distances import frechet_distance
+from onestroke.evaluate.intervals import Interval, block_jackknife, paired_bootstrap
 
 Measure = Literal["distance", "adherence"]
 MEASURES: tuple[Measure, ...] = ("distance", "adherence")
-NUM_BLOCKS = 10  # of the jackknife
 COVERAGE = 0.95
 TINY = 1e-12  # below any distance that is not rounding
 
@@ -138,7 +138,7 @@ def _reading(
         def mean_log_distance(reference: np.ndarray, *features: np.ndarray) -> float:
             return float(np.mean([_log_distance(one, reference) for one in features]))
 
-        drawn = block_jackknife(mean_log_distance, reference, *features, num_blocks=NUM_BLOCKS, coverage=COVERAGE)
+        drawn = block_jackknife(mean_log_distance, reference, *features).interval(coverage=COVERAGE)
     else:
         drawn = paired_bootstrap(np.mean([one.adherence[steps] for one in scores], axis=0), coverage=COVERAGE)
     whole = widened(drawn, spread.reach(len(scores)))

@@ -18,7 +18,7 @@ from scipy.stats import binomtest
 
 from onestroke.arena.votes import QUESTIONS, Question, Vote
 from onestroke.errors import DataError
-from onestroke.evaluate.metrics import Interval
+from onestroke.evaluate.intervals import Interval
 
 START, K = 1000.0, 1.0  # ADD's protocol (arXiv 2311.17042, appendix)
 NUM_SHUFFLES = 1000

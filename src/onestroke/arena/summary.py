@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from onestroke.arena.ratings import Consistency, Duel, Outcome, Results
-from onestroke.evaluate.metrics import Interval
+from onestroke.evaluate.intervals import Interval
 
 
 def lines(results: Results) -> Iterator[str]:

@@ -87,7 +87,7 @@ def run_ablate(study: Study, out: Path, *, minutes: float | None, command: str, 
     entries = entries_of(study)
     runs = runs_of(entries)
     _print(console, f"{study.title}: {len(runs)} runs of {_num_images(runs):,} pictures, measured on {study.count:,}")
-    state = _Progress(out, make_yardstick(embedded_judge(), study.count), console, _deadline(minutes))
+    state = _Progress(out, make_yardstick(embedded_judge(), study.count, out / "cache"), console, _deadline(minutes))
     state.read(runs)
     teacher = None
     with contextlib.suppress(KeyboardInterrupt):
@@ -157,7 +157,7 @@ class _Progress:
         scores = measure(
             load(str(student)),
             self.yardstick,
-            cache=folder / "cache",
+            folder / "cache",
             on_progress=lambda what, done, total: _print(self.console, f"{title}, {what}: {done}/{total}"),
         )
         save_scores(scores, self.yardstick.stamp, folder / SCORES)
@@ -171,7 +171,7 @@ class _Progress:
         name = TEACHER if recipe.source == STUDENT else recipe.source
         guidance = sum(recipe.guidance) / 2
         pipeline = load(name)
-        scores = measure(pipeline, self.yardstick, guidance=guidance, cache=self.out / "cache")
+        scores = measure(pipeline, self.yardstick, self.out / "cache", guidance=guidance)
         return self.beside(f"the teacher under guidance {guidance:g}", scores)
 
     def beside(self, label: str, scores: Scores) -> Row:
@@ -204,7 +204,7 @@ def report_of(
         facts=_facts(),
         study=yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
         shown=_shown(measured),
-        prompts=tuple(caption.text for caption in state.yardstick.captions[:NUM_SHOWN]),
+        prompts=state.yardstick.prompts.texts[:NUM_SHOWN],
         num_missing=sum(run.name not in done for run in runs),
     )
 

@@ -15,7 +15,8 @@ from onestroke.arena.pairs import Contestant, Pair, draw_pairs, read_prompts, st
 from onestroke.arena.votes import VoteLog, read_votes
 from onestroke.build import device_of
 from onestroke.commands.quiet import cap_threads, quiet_libraries
-from onestroke.embedded import GUIDANCE, STUDENT, TEACHER, assess, weights_folder
+from onestroke.embedded import GUIDANCE, STUDENT, TEACHER, weights_folder
+from onestroke.embedded.held_out import comic_prompts
 from onestroke.errors import DataError, RecipeError, ResourceError
 
 NUM_PROMPTS = 50  # of the embedded held-out prompts, where no file is given
@@ -112,7 +113,7 @@ def prompts_of(path: Path | None, count: int | None, teacher: str) -> list[str]:
         return found[:count]
     if teacher not in (STUDENT, TEACHER):
         raise RecipeError("there are no prompts for this teacher", where="arena", fix="Give --prompts FILE.")
-    return [caption.text for caption in assess.prompts(count or NUM_PROMPTS)]
+    return list(comic_prompts(count or NUM_PROMPTS).texts)
 
 
 def _stamp(model: str) -> str:

@@ -3,27 +3,45 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from onestroke.api import distill
 from onestroke.build import pipeline_of
+from onestroke.commands.evaluate import (
+    INTERVAL_NOTE,
+    JUDGE_NOTE,
+    SHOWN_PROMPTS,
+)
+from onestroke.commands.evaluate_output import EvaluationDisplay, machine_facts, print_report
 from onestroke.commands.progress import Display
 from onestroke.commands.quiet import cap_threads, quiet_libraries
-from onestroke.commands.report import PROMPTS, print_figures
 from onestroke.config import Recipe, load_recipe
 from onestroke.embedded import GUIDANCE, TEACHER, embedded_judge
-from onestroke.embedded.comic_report import Plan, adherence_of, compare_grid, figures, machine_facts, measure
+from onestroke.embedded.held_out import JUDGE, comic_pictures, comic_prompts, judge_observer, value_namer
+from onestroke.evaluate.collect import OnProgress
+from onestroke.evaluate.compare import Looking, Task, compare_grid, find, pipelines_to_ways, report_of
 from onestroke.evaluate.drawing import contenders
+from onestroke.evaluate.findings import Note
 from onestroke.evaluate.grids import grid_image
 from onestroke.evaluate.latency import PartTimer, measure_latency
+from onestroke.evaluate.measures import Networks
+from onestroke.evaluate.observer import looks
 from onestroke.evaluate.plots import Chart, Series
-from onestroke.evaluate.report import Note, Report, write_report
+from onestroke.evaluate.report import Report, write_report
 from onestroke.sample import make_fast
 from onestroke.train.tracking import read_metrics
 
 DEMO_IMAGES = 1000  # pictures of each set in the demo's figures
+SHOWN_TEACHER_STEPS = (1, 4, 25, 50)
+REAL = "real pictures"
+SHORT_NOTE = Note(
+    "A short run",
+    "This student is some minutes old, and so are its figures. `onestroke evaluate` measures any student, the shipped "
+    "one by default, against the teacher's 50 steps.",
+)
 
 
 def run_demo(out: Path, *, minutes: float, seed: int, console: Console) -> Report:
@@ -39,8 +57,9 @@ def run_demo(out: Path, *, minutes: float, seed: int, console: Console) -> Repor
         folder = distill(recipe, out, minutes=minutes, observe=observe)
     console.print("measuring student and teacher")
     started = time.monotonic()
-    report = demo_report(recipe, folder, out, minutes=minutes)
-    print_figures(report, console)
+    with EvaluationDisplay(console) as tell:
+        report = demo_report(recipe, folder, out, minutes=minutes, on_progress=tell)
+    print_report(report, console)
     console.print(f"measured in {time.monotonic() - started:.0f} s")
     console.print(f"\nreport: [bold]{out / 'report.html'}[/bold]\nnext:")
     for line in (
@@ -52,39 +71,45 @@ def run_demo(out: Path, *, minutes: float, seed: int, console: Console) -> Repor
     return report
 
 
-def demo_report(recipe: Recipe, student_folder: Path, out: Path, *, minutes: float) -> Report:
-    """Figures on 1,000 pictures, the grid and the latencies of a finished demo run."""
+def demo_report(recipe: Recipe, student_folder: Path, out: Path, *, minutes: float, on_progress: OnProgress) -> Report:
+    """Figures on 1,000 pictures, the grid and the latencies of a finished demo run; the teacher is drawn at 1 step."""
     student, teacher = make_fast(pipeline_of(str(student_folder))), make_fast(pipeline_of(TEACHER))
-    plan = Plan(DEMO_IMAGES, GUIDANCE, teacher_steps=(1,), student_steps=(1, 4))
-    measured = measure(student, teacher, embedded_judge(), plan)
-    grid = compare_grid(student, teacher, PROMPTS, guidance=GUIDANCE)
-    timer = PartTimer()
-    latency = measure_latency(contenders(student, teacher, timer, guidance=GUIDANCE), timer, num_runs=3)
+    steps = {"guidance": GUIDANCE, "student_steps": (1, 4)}
+    task = Task(
+        pipelines_to_ways(student, teacher, teacher_steps=(1,), **steps),
+        comic_prompts(DEMO_IMAGES),
+        *(comic_pictures(DEMO_IMAGES, odd=odd, label=label) for odd, label in ((True, "reference"), (False, REAL))),
+        DEMO_IMAGES,
+        out / "cache",
+        vae_of=teacher,
+        with_floor=False,
+        group_by=(),
+    )
+    judge = judge_observer(embedded_judge())
+    networks = Networks({JUDGE: ("fd",)}, judge=JUDGE, name_values=value_namer(embedded_judge()))
+    looking = Looking((judge, looks()), (judge,), networks, {})
     rows = read_metrics(out / "logs")
     images = int(rows[-1]["images"]) if rows else 0
-    report = Report(
-        "A comic model learns to draw in one step",
-        f"{minutes:g} minutes of Adversarial Diffusion Distillation ({images:,} pictures) on this machine, from the "
-        "teacher's weights on.",
-        facts={
-            **machine_facts(),
-            "pictures seen": f"{images:,}",
-            "seed": str(recipe.seed),
-            "teacher's guidance": f"{GUIDANCE:g}",
-        },
+    report = report_of(
+        find(task, looking, on_progress=on_progress),
+        looking,
+        title="A comic model learns to draw in one step",
+        summary=f"{minutes:g} minutes of Adversarial Diffusion Distillation ({images:,} pictures) on this machine, "
+        "from the teacher's weights on.",
+    )
+    shown = pipelines_to_ways(student, teacher, teacher_steps=SHOWN_TEACHER_STEPS, **steps)
+    grid = compare_grid(shown, SHOWN_PROMPTS, out / "cache")
+    timer = PartTimer()
+    latency = measure_latency(contenders(student, teacher, timer, guidance=GUIDANCE), timer, num_runs=3)
+    facts = {"pictures seen": f"{images:,}", "seed": str(recipe.seed), "teacher's guidance": f"{GUIDANCE:g}"}
+    report = replace(
+        report,
+        facts=machine_facts() | facts,
         recipe=(out / "recipe.yaml").read_text("utf-8"),
         grids=(grid,),
-        figures=figures(measured),
         latency=latency,
-        adherence={label: score.attributes for label, score in adherence_of(measured).items()},
         charts=_charts(rows),
-        notes=(
-            Note(
-                "A short run",
-                "This student is some minutes old, and so are its figures. `onestroke report` measures any student, "
-                "the shipped one by default, beside the teacher's 50 steps.",
-            ),
-        ),
+        notes=(SHORT_NOTE, JUDGE_NOTE, INTERVAL_NOTE),
     )
     write_report(report, out / "report.html")
     grid_image(grid).save(out / "grid.png")

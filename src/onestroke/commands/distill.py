@@ -89,7 +89,7 @@ def next_commands(recipe: Recipe, student: Path, out: Path) -> list[str]:
     is_embedded = recipe.teacher.source in (STUDENT, TEACHER)
     prompt = "a laughing person with pink hair and round glasses" if is_embedded else "YOUR PROMPT"
     lines = [f'onestroke generate "{prompt}" --model {folder} --steps {n} --out {n}-step.png' for n in (1, 4)]
-    lines += [f"onestroke report {folder}"] if is_embedded else []
+    lines += [f"onestroke evaluate {folder}"] if is_embedded else []
     return [*lines, f"tensorboard --logdir {shlex.quote(str(out / 'logs'))}"]
 
 

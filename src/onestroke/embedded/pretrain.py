@@ -17,11 +17,11 @@ from onestroke.data.source import Source, cut, picture_at, place
 from onestroke.distill.denoising import Denoising, DenoisingSettings
 from onestroke.embedded import TEACHER, embedded_teacher
 from onestroke.embedded.architecture import build_pipeline
-from onestroke.embedded.assess import fingerprint
 from onestroke.embedded.autoencoder import AutoencoderRecipe, train_autoencoder
 from onestroke.embedded.fit import Machine, fit, stack_images
 from onestroke.embedded.judge import Judge, judge_loss, labels_of, load_judge, new_judge, save_judge, settle_norms
 from onestroke.errors import ModelError
+from onestroke.evaluate.observer import fingerprint
 from onestroke.export import export_folder
 from onestroke.families.load import from_pipeline, load_pipeline
 from onestroke.train.method import OptimizerSettings

@@ -61,6 +61,25 @@ class Grid:
         return tuple(runs)
 
 
+@dataclass(frozen=True)
+class Tile:
+    """A picture, the number that brought it here, and another model's picture to the same prompt."""
+
+    prompt: str
+    value: str
+    picture: Picture
+    beside: Picture
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Pictures chosen by one measure, the most telling first."""
+
+    title: str
+    caption: str
+    tiles: tuple[Tile, ...]
+
+
 def data_uri(picture: Picture, *, longest: int = 384) -> str:
     """The picture as lossless WebP inside a `data:` address, scaled down to `longest` pixels where it is larger.
 

@@ -9,15 +9,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import median
 from typing import ParamSpec, TypeVar
+
+import torch
 
 from onestroke.errors import DataError
 
 P = ParamSpec("P")
 R = TypeVar("R")
 PARTS = ("text", "unet", "vae")
+CPU = torch.device("cpu")
 
 
 class PartTimer:
@@ -81,6 +85,20 @@ class LatencyRow:
     parts: Mapping[str, float]  # "text", "unet", "vae" ... and "rest": what no part accounts for
     speedup: float  # median over rounds of (the first contender's time / this one's)
     num_runs: int
+    least_speedup: float = 0.0  # over the rounds
+    most_speedup: float = 0.0
+    memory: int | None = None  # bytes at the highest point of a drawing; of the device, on a CPU of the whole process
+    num_cores: int = 1
+
+    @property
+    def per_hour(self) -> float:
+        """Pictures in an hour of drawing such batches."""
+        return 3600 * self.batch_size / self.total
+
+    @property
+    def per_core_hour(self) -> float:
+        """The same for each CPU core that drew."""
+        return self.per_hour / self.num_cores
 
 
 def measure_latency(
@@ -90,23 +108,25 @@ def measure_latency(
     batch_sizes: Sequence[int] = (1, 16),
     num_runs: int = 5,
     num_warmups: int = 1,
+    device: torch.device = CPU,
 ) -> tuple[LatencyRow, ...]:
     """Time the contenders in turn, `num_runs` rounds at each batch size; the first is what the others compare with.
 
     Each contender's first `num_warmups` drawings at a batch size are not counted. Rows come by batch size, then in
-    the order of the contenders.
+    the order of the contenders. Memory is that of the last warm-up; None without one.
     """
     if not contenders or num_runs < 1:
         raise DataError(f"{len(contenders)} models in {num_runs} runs give no time", fix="Give one of each at least.")
     rows: list[LatencyRow] = []
     for batch_size in batch_sizes:
-        for contender in contenders:
+        memory = {}
+        for i, contender in enumerate(contenders):
             for _ in range(num_warmups):
-                _run(contender, timer, batch_size)
+                memory[i] = peak_memory(lambda c=contender, b=batch_size: _run(c, timer, b), device)
         rounds = [_round(contenders, timer, batch_size, start) for start in range(num_runs)]
         for i, contender in enumerate(contenders):
             runs, firsts = [r[i] for r in rounds], [r[0] for r in rounds]
-            rows.append(_row(contender, batch_size, runs, firsts))
+            rows.append(replace(_row(contender, batch_size, runs, firsts), memory=memory.get(i)))
     return tuple(rows)
 
 
@@ -130,6 +150,7 @@ def _row(
     contender: Contender, batch_size: int, runs: Sequence[Mapping[str, float]], firsts: Sequence[Mapping[str, float]]
 ) -> LatencyRow:
     totals = [run["total"] for run in runs]
+    speedups = [first["total"] / run["total"] for first, run in zip(firsts, runs, strict=True)]
     names = list(dict.fromkeys(name for run in runs for name in run if name not in ("total", "rest")))
     return LatencyRow(
         contender.label,
@@ -140,6 +161,29 @@ def _row(
         fastest=min(totals),
         slowest=max(totals),
         parts={name: median(run.get(name, 0.0) for run in runs) for name in [*names, "rest"]},
-        speedup=median(first["total"] / run["total"] for first, run in zip(firsts, runs, strict=True)),
+        speedup=median(speedups),
         num_runs=len(runs),
+        least_speedup=min(speedups),
+        most_speedup=max(speedups),
+        num_cores=torch.get_num_threads(),
     )
+
+
+def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes in use at the highest point of `call`: of a GPU what PyTorch holds there, on a CPU of the whole process.
+
+    None where the system does not tell (it is asked through Linux's /proc, whose high-water mark can be set back).
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        can_tell = True
+    except OSError:
+        can_tell = False
+    call()
+    status = Path("/proc/self/status").read_text() if can_tell else ""
+    lines = [line for line in status.splitlines() if line.startswith("VmHWM:")]
+    return 1024 * int(lines[0].split()[1]) if lines else None

@@ -12,111 +12,44 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from onestroke.errors import DataError, ResourceError
-from onestroke.evaluate.grids import Grid, data_uri
+from onestroke.evaluate.adherence import AttributeScore
+from onestroke.evaluate.findings import (
+    Figure,
+    Flag,
+    Form,
+    GroupTable,
+    Highlight,
+    Measured,
+    Missing,
+    Note,
+    Outcome,
+    Reading,
+    Target,
+)
+from onestroke.evaluate.grids import Gallery, Grid, data_uri
 from onestroke.evaluate.latency import LatencyRow
-from onestroke.evaluate.metrics import AttributeScore
 from onestroke.evaluate.plots import Chart, interval_strip, line_chart
 
-Role = Literal["teacher", "student", "reference"]
-Form = Literal["number", "percent", "times", "points"]
+THUMBNAIL = 192  # pixels, of the worst pictures: there are hundreds
 DIGITS = 3  # significant, in figures
 
 
 @dataclass(frozen=True)
-class Target:
-    """A limit in the figure's own unit, e.g. Target("at most", 2.0, name="required")."""
-
-    bound: Literal["at most", "at least"]
-    limit: float
-    name: str = "target"
-
-    def met(self, value: float) -> bool:
-        """Whether `value` lies on the right side; a value that is not a number does not."""
-        return value <= self.limit if self.bound == "at most" else value >= self.limit
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One model's value of a figure, with its 95% interval."""
-
-    label: str
-    value: float
-    low: float | None = None
-    high: float | None = None
-    role: Role = "reference"
-    targets: tuple[Target, ...] = ()
-
-    def certain(self, target: Target) -> bool:
-        """Whether the whole interval lies on the same side of the target as the value (False without interval)."""
-        if self.low is None or self.high is None:
-            return False
-        return target.met(self.low) == target.met(self.high) == target.met(self.value)
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One measure and what each model reads on it; the teacher at 1 step belongs beside the student.
-
-    `form`: how values are written. A "percent" is stored as a share in [0, 1], "points" as a difference of shares.
-    """
-
-    name: str
-    meaning: str  # for a reader who has never met the measure
-    readings: tuple[Reading, ...]
-    better: Literal["lower", "higher", "neither"] = "lower"
-    form: Form = "number"
-    features: str = ""  # the network whose features were compared
-    count: int | None = None  # pictures of each set
-    log: bool | None = None  # scale of the drawing; None: logarithmic where values differ more than twentyfold
-
-    @property
-    def is_log(self) -> bool:
-        values = [x for r in self.readings for x in (r.value, r.low, r.high) if x is not None and math.isfinite(x)]
-        above_zero = bool(values) and min(values) > 0
-        return above_zero and (self.log if self.log is not None else max(values) > 20 * min(values))
-
-    @property
-    def ends(self) -> tuple[float, float]:
-        """Where the drawing begins and ends: room for every value, interval and limit."""
-        values = [x for r in self.readings for x in (r.value, r.low, r.high, *(t.limit for t in r.targets))]
-        values = [x for x in values if x is not None and math.isfinite(x)] or [0.0]
-        if self.is_log:
-            positive = [x for x in values if x > 0]
-            return min(positive) / 1.15, max(positive) * 1.15
-        low, high = min(0.0, *values), max(0.0, *values)
-        room = 0.04 * (high - low) or 1.0
-        return low - room * (low < 0), high + room
-
-
-@dataclass(frozen=True)
-class Highlight:
-    """One large number of the page's head, already written out ("38×"), and what it says."""
-
-    value: str
-    label: str
-
-
-@dataclass(frozen=True)
-class Note:
-    """A paragraph on what the numbers mean, or what to be careful about."""
-
-    heading: str
-    text: str
-
-
-@dataclass(frozen=True)
 class Report:
-    """Everything the page shows. `grids`: the first is the hero; pictures are not kept in the JSON."""
+    """Everything the page shows. `grids`: the first is the hero; pictures are not kept in the JSON.
+
+    `measures`: every number with its name, for programs; `figures` are the same for readers.
+    """
 
     __pydantic_config__: ClassVar = ConfigDict(arbitrary_types_allowed=True, ser_json_inf_nan="strings", extra="forbid")
 
@@ -126,7 +59,14 @@ class Report:
     recipe: str = ""  # the resolved recipe, as YAML
     highlights: tuple[Highlight, ...] = ()
     grids: tuple[Grid, ...] = ()
+    gate: tuple[Outcome, ...] = ()
+    flags: tuple[Flag, ...] | None = None  # None: nothing was looked for
     figures: tuple[Figure, ...] = ()
+    groups: tuple[GroupTable, ...] = ()
+    galleries: tuple[Gallery, ...] = ()
+    failures: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # model -> prompts and reasons
+    missing: tuple[Missing, ...] = ()
+    measures: tuple[Measured, ...] = ()
     latency: tuple[LatencyRow, ...] = ()
     adherence: Mapping[str, Mapping[str, AttributeScore]] = field(default_factory=dict)  # model -> attribute -> score
     charts: tuple[Chart, ...] = ()
@@ -144,7 +84,7 @@ def write_report(report: Report, path: Path) -> None:
 
 def report_json(report: Report) -> str:
     """All but the pictures, as strict JSON: NaN and infinities are strings."""
-    return _adapter().dump_json(report, indent=2, exclude={"grids"}).decode() + "\n"
+    return _adapter().dump_json(report, indent=2, exclude={"grids", "galleries"}).decode() + "\n"
 
 
 def read_report(path: Path) -> Report:
@@ -166,6 +106,7 @@ def report_html(report: Report) -> str:
     return _template().render(
         report=report,
         statuses=_targets(report.figures),
+        questions=list(dict.fromkeys(figure.question for figure in report.figures)),
         strip=_strip,
         latency=_by_batch_size(report.latency),
         parts=list(dict.fromkeys(name for row in report.latency for name in row.parts)),
@@ -179,22 +120,25 @@ def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "picture": data_uri,
+        "thumbnail": partial(data_uri, longest=THUMBNAIL),
         "chart": line_chart,
         "figure": figure_value,
-        "interval": _interval,
+        "interval": shown_interval,
         "limit": _limit,
         "seconds": seconds,
     }
     return environment.from_string(files("onestroke.evaluate").joinpath("report.html").read_text("utf-8"))
 
 
-UNITS: dict[Form, str] = {"number": "", "percent": "%", "times": "×", "points": " points"}
+UNITS: dict[Form, str] = {"number": "", "percent": "%", "times": "×", "points": " points", "count": ""}
 
 
 def figure_value(value: float, form: Form = "number") -> str:
     """A value as a reader wants it: three significant digits, a true minus sign, its unit."""
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else "infinite"
+    if form == "count":
+        return f"{value:,.0f}"
     shown = 100 * value if form in ("percent", "points") else value
     text = f"{abs(shown):.1f}" if form in ("percent", "points") else _significant(abs(shown))
     is_zero = not float(text.replace(",", ""))
@@ -202,7 +146,7 @@ def figure_value(value: float, form: Form = "number") -> str:
     return sign + text + UNITS[form]
 
 
-def _interval(reading: Reading, form: Form) -> str:
+def shown_interval(reading: Reading, form: Form) -> str:
     """Both ends, or nothing where there is no interval; without a unit that is a word."""
     ends = [figure_value(end, form).removesuffix(" points") for end in (reading.low, reading.high) if end is not None]
     return " to ".join(ends) if len(ends) == 2 else ""

@@ -1,0 +1,383 @@
+"""`onestroke evaluate`: may the student replace its teacher, and where does it fail?"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from rich.console import Console
+
+from onestroke.api import load
+from onestroke.build import device_of
+from onestroke.card import recipe_in, with_evaluation
+from onestroke.commands.evaluate_output import EvaluationDisplay, machine_facts, print_report
+from onestroke.commands.quiet import cap_threads, quiet_libraries
+from onestroke.config import Recipe, load_recipe
+from onestroke.data.folder import FolderSource, open_folder
+from onestroke.embedded import GUIDANCE, STUDENT, TEACHER, embedded_judge, weights_folder
+from onestroke.embedded.held_out import JUDGE, comic_pictures, comic_prompts, judge_observer, value_namer
+from onestroke.errors import RecipeError
+from onestroke.evaluate.compare import (
+    Looking,
+    Task,
+    compare_grid,
+    find,
+    pipelines_to_ways,
+    report_of,
+)
+from onestroke.evaluate.drawing import contenders, part_timer
+from onestroke.evaluate.features import FEATURES, STYLE, load_all
+from onestroke.evaluate.findings import Measured, Note
+from onestroke.evaluate.gate import Condition, judge_gate, parse_gate
+from onestroke.evaluate.grids import grid_image
+from onestroke.evaluate.latency import LatencyRow, measure_latency
+from onestroke.evaluate.measures import Networks
+from onestroke.evaluate.observer import looks
+from onestroke.evaluate.pictures import RealSet, check_drawable, halves, model_size
+from onestroke.evaluate.prompts import PromptSet, read_prompts, shuffled
+from onestroke.evaluate.report import Report, write_report
+from onestroke.evaluate.scorers import SCORERS
+from onestroke.evaluate.section import card_section
+
+COMICSET = "comicset"
+DEFAULT_GUIDANCE = 5.0
+GRID_TEACHER_STEPS = (1, 4, 25)  # of the picture grid, beside the teacher's own number
+SHOWN_PROMPTS = (
+    "a laughing person with pink hair and round glasses",
+    "an angry character with a green mohawk on a yellow background, lorelei style",
+    "a smiling person with long wavy purple hair, adventurer style, blue background",
+    "notionists style, a surprised person with a ponytail, wearing a planet shirt",
+    "a grinning figure with an afro and sunglasses, wearing red clothes, open peeps style",
+    "a sad person with a brown bob and tan skin in front of a purple background",
+)
+KINDS = {"clip-vit-large": ("cmmd",)}  # of distances, where they are not the Fréchet and the kernel distance
+JUDGE_NOTE = Note(
+    "What the judge is",
+    "A small network trained on the embedded pictures alone. It names attributes, and its features carry distances. "
+    "The discriminator never sees it. Its own mistakes count against every set alike: the row of real pictures "
+    "shows them.",
+)
+INTERVAL_NOTE = Note(
+    "How intervals are made",
+    "Scores of single pictures are paired by prompt and seed, and prompts are resampled. Set distances are computed "
+    "again without each tenth of the prompts (block jackknife): for two sets of one kind such an interval is too wide "
+    "rather than too narrow. The Fréchet distance rises as pictures get fewer: compare it at one number only.",
+)
+SEEN_NOTE = Note(
+    "Trained against",
+    "The student's discriminator judged by these features, and the student learned to please them. What they say of "
+    "the student is too good, and gates nothing.",
+)
+UNKNOWN_NOTE = Note(
+    "Trained against unknown features",
+    "No recipe was found with the student, so that it is not known which features its discriminator saw. Name them "
+    "with --trained-against if they are among those used here.",
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for on the command line; None stands for what the student's recipe or the model says."""
+
+    student: str = STUDENT
+    teacher: str | None = None
+    data: str | None = None
+    out: Path = Path("runs/evaluate")
+    steps: tuple[int, ...] = (1, 2, 4)
+    teacher_steps: int = 50
+    prompts: Path | None = None
+    num_images: int = 1000
+    gate: str = ""
+    guidance: float | None = None
+    size: int | None = None
+    group_by: tuple[str, ...] | None = None
+    weights: Mapping[str, str] = field(default_factory=dict)
+    trained_against: tuple[str, ...] = ()
+    with_floor: bool = True
+    with_latency: bool = True
+    cache: Path | None = None
+
+
+@dataclass(frozen=True)
+class Models:
+    """The two pipelines, and what they were drawn with."""
+
+    student: DiffusionPipeline
+    teacher: DiffusionPipeline
+    guidance: float
+    size: tuple[int, int]
+
+
+def run_evaluate(request: Request, *, console: Console) -> bool:
+    """Measure, write report.html, report.json, grid.png and the card's section; False where the gate fails."""
+    gate = parse_gate(request.gate, steps=request.steps)
+    recipe = student_recipe(request.student)
+    request = completed(request, recipe)
+    prompts = None if request.prompts is None else shuffled(read_prompts(request.prompts))
+    quiet_libraries()
+    cap_threads()
+    models = load_models(request, recipe)
+    task = task_of(request, models, prompts, console=console)
+    looking = looking_of(request, recipe, device=models.student.device)
+    with EvaluationDisplay(console) as tell:
+        findings = find(task, looking, on_progress=tell)
+    report = report_of(
+        findings, looking, gate=gate, title=f"{request.student} beside {request.teacher}",
+        summary=f"A student that draws in {_listed(request.steps)} against its {request.teacher_steps}-step teacher, "
+        f"on {len(findings.collected.rows):,} held-out prompts and seeds.",
+    )  # fmt: skip
+    report = with_speed(report, request, models, gate, looking, console=console)
+    report = replace(
+        report, facts=facts_of(request, models, len(findings.collected.rows)), notes=notes_of(request, recipe, looking),
+        grids=(shown_grid(request, models, task),),
+    )  # fmt: skip
+    write_all(report, request, looking, console=console)
+    return all(outcome.passed for outcome in report.gate)
+
+
+def student_recipe(student: str) -> Recipe | None:
+    """The recipe that a student was distilled by: in its model card, or beside the folder."""
+    folder = weights_folder() / "student" if student == STUDENT else Path(student)
+    card, beside = folder / "README.md", folder.parent / "recipe.yaml"
+    recipe = recipe_in(card.read_text("utf-8")) if card.is_file() else None
+    if recipe is None and folder.is_dir() and beside.is_file() and student != STUDENT:
+        try:
+            recipe = load_recipe(beside)
+        except RecipeError:
+            return None
+    return recipe
+
+
+def completed(request: Request, recipe: Recipe | None) -> Request:
+    """The request with what the recipe knows. Raises RecipeError where teacher or held-out data stay unknown."""
+    teacher, data = request.teacher, request.data
+    if teacher is None and recipe is not None:
+        teacher = TEACHER if recipe.teacher.source == STUDENT else recipe.teacher.source
+    if data is None and ((recipe is not None and recipe.data.source == COMICSET) or request.student == STUDENT):
+        data = COMICSET
+    if teacher is None:
+        raise RecipeError("no recipe names the teacher", where=request.student, fix="Give --teacher MODEL.")
+    if data is None:
+        raise RecipeError(
+            "there are no pictures to compare with", where=request.student,
+            fix="Give --data FOLDER with captioned pictures that the student was not trained on.",
+        )  # fmt: skip
+    guidance = request.guidance
+    if guidance is None:
+        is_embedded = teacher == TEACHER
+        guidance = GUIDANCE if is_embedded else sum(recipe.teacher.guidance) / 2 if recipe else DEFAULT_GUIDANCE
+    return replace(request, teacher=teacher, data=data, guidance=guidance, cache=request.cache or request.out / "cache")
+
+
+def load_models(request: Request, recipe: Recipe | None) -> Models:
+    """Both pipelines on the best device; drawn at the size that the student was distilled at."""
+    device = device_of("auto")
+    student, teacher = (load(name).to(device) for name in (request.student, request.teacher or TEACHER))
+    for pipeline in (student, teacher):
+        pipeline.set_progress_bar_config(disable=True)
+    side = request.size or (recipe.data.size if recipe else None)
+    size = (side, side) if side else model_size(student)
+    check_drawable(size)
+    return Models(student, teacher, request.guidance or 0.0, size)
+
+
+def task_of(request: Request, models: Models, prompts: PromptSet | None, *, console: Console) -> Task:
+    """The held-out pictures cut into halves, and the prompts of a file or of one half."""
+    if request.data == COMICSET:
+        count, side = request.num_images, models.size[0]
+        real, reference = (
+            comic_pictures(count, odd=odd, label=label, size=side)
+            for odd, label in ((False, "real pictures"), (True, "reference pictures"))
+        )
+        prompts = comic_prompts(count) if prompts is None else prompts
+    else:
+        source = open_folder(Path(request.data or ""), log=lambda line: console.print(line, markup=False))
+        first, second = halves(len(source))
+        real = RealSet("real pictures", source, first, models.size, _file_key(source))
+        reference = RealSet("reference pictures", source, second, models.size, _file_key(source))
+        if prompts is None:
+            prompts = PromptSet(tuple(source.caption(index) for index in first))
+    ways = pipelines_to_ways(
+        models.student, models.teacher, guidance=models.guidance, student_steps=request.steps,
+        teacher_steps=tuple(dict.fromkeys((1, request.teacher_steps))), size=models.size,
+    )  # fmt: skip
+    assert request.cache is not None
+    return Task(
+        ways, prompts, reference, real, request.num_images, request.cache, vae_of=models.teacher,
+        with_floor=request.with_floor, group_by=request.group_by,
+    )  # fmt: skip
+
+
+def _file_key(source: FolderSource) -> Callable[[int], str]:
+    """Names a picture by its file's place, size and time, so that an edited one is measured again."""
+
+    def key(index: int) -> str:
+        file, offset = (source.entries[name][index].as_py() for name in ("file", "offset"))
+        try:
+            stat = os.stat(source.root / file)
+            return f"{source.root.resolve() / file} {offset} {stat.st_size} {stat.st_mtime_ns}"
+        except OSError:
+            return f"{source.root.resolve() / file} {offset}"
+
+    return key
+
+
+def looking_of(request: Request, recipe: Recipe | None, *, device: torch.device) -> Looking:
+    """The judge where pictures are comicset's, every network and scorer that is on this machine, and the looks."""
+    unknown = [name for name in (*request.weights, *request.trained_against) if name not in {**FEATURES, **SCORERS}]
+    if unknown:
+        known = ", ".join([*FEATURES, *SCORERS])
+        raise RecipeError(f"no network is called {unknown[0]!r}", where="--weights", fix=f"Networks: {known}.")
+    features, lacking = load_all(list(FEATURES), FEATURES, weights=request.weights, device=device)
+    scorers, lacking_scorers = load_all(list(SCORERS), SCORERS, weights=request.weights, device=device)
+    judge = embedded_judge() if request.data == COMICSET else None
+    judges = [judge_observer(judge)] if judge else []
+    distances = {observer.name: KINDS.get(observer.name, ("fd", "kd")) for observer in (*judges, *features)}
+    networks = Networks(
+        distances,
+        scorers=tuple(observer.name for observer in scorers),
+        trained_against=frozenset({*trained_against(recipe), *request.trained_against}) & {*FEATURES, STYLE},
+        judge=JUDGE if judge else "",
+        name_values=value_namer(judge) if judge else None,
+    )
+    titles = {name: kind.title for name, kind in (*FEATURES.items(), *SCORERS.items())} | {
+        STYLE: "shallow maps of EfficientNet-lite0"
+    }
+    return Looking(
+        (*judges, *features, *scorers, looks()), (*judges, *features), networks, titles, (*lacking, *lacking_scorers)
+    )
+
+
+def trained_against(recipe: Recipe | None) -> set[str]:
+    """The networks whose picture features the discriminator saw: as what it judges, or as the image condition."""
+    if recipe is None:
+        return set()
+    discriminator = recipe.discriminator
+    seen = {discriminator.features}
+    if discriminator.conditioning in ("image", "both") and discriminator.image_encoder != "features":
+        seen.add(discriminator.image_encoder)
+    return seen | ({STYLE} if "efficientnet-lite0" in seen else set())
+
+
+def with_speed(
+    report: Report, request: Request, models: Models, gate: Sequence[Condition], looking: Looking, *, console: Console
+) -> Report:
+    """The report with the latency of both models, measured in turn; the gate is judged again with it."""
+    if not request.with_latency:
+        return report
+    console.print("timing")
+    timer = part_timer(models.student)
+    ways = contenders(
+        models.student, models.teacher, timer, guidance=models.guidance, teacher_steps=request.teacher_steps,
+        student_steps=request.steps,
+    )  # fmt: skip
+    rows = measure_latency(ways, timer, num_runs=5, device=models.student.device)
+    measures = (*report.measures, *speed_measures(rows))
+    outcomes = judge_gate(gate, measures, looking.networks, report.missing) if gate else ()
+    return replace(report, latency=rows, measures=measures, gate=outcomes)
+
+
+def speed_measures(rows: Sequence[LatencyRow]) -> list[Measured]:
+    """Latency in milliseconds and its ratio to the teacher's, one picture at a time; ends are the rounds' extremes."""
+    found = []
+    for row in rows:
+        if row.batch_size == 1:
+            role = "student" if row.label.startswith("student") else "teacher"
+            milliseconds = (1000 * row.total, 1000 * row.fastest, 1000 * row.slowest)
+            found.append(Measured("latency", row.label, *milliseconds, row.num_runs, row.steps, "", role))
+            if role == "student":
+                speedups = (row.speedup, row.least_speedup, row.most_speedup)
+                found.append(Measured("speedup", row.label, *speedups, row.num_runs, row.steps, "", role))
+    return found
+
+
+def shown_grid(request: Request, models: Models, task: Task):
+    """A few prompts drawn by both models at their numbers of steps."""
+    steps = sorted({*(n for n in GRID_TEACHER_STEPS if n < request.teacher_steps), request.teacher_steps})
+    ways = pipelines_to_ways(
+        models.student, models.teacher, guidance=models.guidance, student_steps=request.steps, teacher_steps=steps,
+        size=models.size,
+    )  # fmt: skip
+    is_embedded = request.data == COMICSET and request.prompts is None
+    return compare_grid(ways, SHOWN_PROMPTS if is_embedded else task.prompts.texts[:6], task.cache)
+
+
+def facts_of(request: Request, models: Models, count: int) -> dict[str, str]:
+    """What was compared, where and when."""
+    return {
+        **machine_facts(),
+        "student": request.student,
+        "teacher": f"{request.teacher}, {request.teacher_steps} steps, guidance {models.guidance:g}",
+        "held-out pictures": f"{request.data}, {count:,} of each half",
+        "prompts": str(request.prompts or "the captions of one half"),
+        "picture size": f"{models.size[1]} x {models.size[0]} pixels",
+        "command": command_of(request),
+    }
+
+
+def command_of(request: Request) -> str:
+    """The command line that measures the same again."""
+    words = ["onestroke", "evaluate", request.student, "--teacher", str(request.teacher), "--data", str(request.data)]
+    words += ["--steps", ",".join(map(str, request.steps)), "--num-images", str(request.num_images)]
+    words += ["--teacher-steps", str(request.teacher_steps), "--guidance", f"{request.guidance:g}"]
+    words += ["--prompts", str(request.prompts)] if request.prompts else []
+    return shlex.join(words)
+
+
+def notes_of(request: Request, recipe: Recipe | None, looking: Looking) -> tuple[Note, ...]:
+    seen = SEEN_NOTE if looking.networks.trained_against else None if recipe else UNKNOWN_NOTE
+    judge = JUDGE_NOTE if request.data == COMICSET else None
+    return tuple(note for note in (judge, INTERVAL_NOTE, seen) if note is not None)
+
+
+def write_all(report: Report, request: Request, looking: Looking, *, console: Console) -> None:
+    """The report's files, the card of a student's own folder, and the figures on the terminal."""
+    write_report(report, request.out / "report.html")
+    grid_image(report.grids[0]).save(request.out / "grid.png")
+    section = card_section(report, trained_against=looking.networks.trained_against, command=command_of(request))
+    (request.out / "evaluation.md").write_text(section, "utf-8")
+    print_report(report, console)
+    written = [request.out / "report.html", request.out / "report.json", request.out / "evaluation.md"]
+    card = Path(request.student) / "README.md"
+    if request.student not in (STUDENT, TEACHER) and card.is_file() and os.access(card, os.W_OK):
+        changed = with_evaluation(card.read_text("utf-8"), section)
+        if changed is not None:
+            temporary = card.with_name(".README.md.partial")
+            temporary.write_text(changed, "utf-8")
+            os.replace(temporary, card)
+            written.append(card)
+    console.print("written: " + ", ".join(map(str, written)), markup=False, highlight=False, soft_wrap=True)
+
+
+def parse_steps(text: str) -> tuple[int, ...]:
+    """ "1,2,4" -> (1, 2, 4), in rising order. Raises RecipeError."""
+    try:
+        steps = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        steps = [0]
+    if steps[0] < 1:
+        raise RecipeError(f"{text!r} are no numbers of steps", where="--steps", fix="Write for example 1,2,4.")
+    return tuple(steps)
+
+
+def parse_weights(pairs: Sequence[str]) -> dict[str, str]:
+    """ "NAME=PATH" each. Raises RecipeError."""
+    found = {}
+    for pair in pairs:
+        name, separator, path = pair.partition("=")
+        if not separator or not path:
+            raise RecipeError("this has the form NAME=PATH", where=f"--weights {pair}")
+        if not Path(path).exists():
+            raise RecipeError("there is no such file or folder", where=f"--weights {pair}", fix="Check the path.")
+        found[name] = path
+    return found
+
+
+def _listed(steps: Sequence[int]) -> str:
+    words = [str(n) for n in steps]
+    return (" and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]) + " steps"
