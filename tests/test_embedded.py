@@ -10,6 +10,7 @@ from onestroke.embedded.architecture import build_unet, train_tokenizer
 from onestroke.embedded.autoencoder import build_autoencoder, normalise_latents
 from onestroke.embedded.fit import fit, stack_images
 from onestroke.embedded.judge import IGNORED, NOTHING, Judge, judge_loss, labels_of, load_judge, new_judge, save_judge
+from onestroke.embedded.vocabulary import completions, unknown_words
 
 
 def test_normalised_latents_have_unit_channels_and_decode_to_the_same_pictures():
@@ -153,3 +154,8 @@ def test_prompts_and_reference_pictures_are_different_halves():
     features = assess.judge_pictures(embedded_judge(), rendered[0]).features
     assert features.shape == (6, 128)
     assert stack_images(rendered[0]).shape == (6, 3, 128, 128)
+
+
+def test_completions_are_whole_phrases_of_words_that_the_embedded_model_knows():
+    assert {"pink hair", "round glasses", "a yellow background"} <= set(completions())
+    assert not any(unknown_words(phrase) or "{" in phrase for phrase in completions())
