@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from onestroke import __version__
 from onestroke.api import load
 from onestroke.build import device_of
 from onestroke.commands.quiet import cap_threads, quiet_libraries
@@ -82,7 +83,12 @@ def _serve(
     limits, names = Limits(), {name.lower() for name in (address.host, *address.names)} - {"0.0.0.0", "::"}
     rules = Rules(LOCAL_NAMES | names, address.token, limits.upload_bytes)
     app = build_app(
-        drawers, rules=rules, pace=Pace(wait_ms / 1000, max_batch, max_queue), limits=limits, with_page=with_page
+        drawers,
+        rules=rules,
+        pace=Pace(wait_ms / 1000, max_batch, max_queue),
+        limits=limits,
+        with_page=with_page,
+        version=__version__,
     )
     shown = next(iter(sorted(address.names)), address.host)
     url = f"http://{f'[{shown}]' if ':' in shown else shown}:{listener.getsockname()[1]}"

@@ -11,7 +11,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from onestroke import __version__
 from onestroke.serve import openai_api, page
 from onestroke.serve.batcher import Pace, QueueFull
 from onestroke.serve.desk import Desk, Gone
@@ -30,9 +29,10 @@ def build_app(
     limits: Limits = Limits(),
     pace: Pace = Pace(),
     with_page: bool = False,
+    version: str = "0",
 ) -> FastAPI:
     """A server of `drawers`, the first of which is the default; `with_page` adds the studio at /."""
-    desk = Desk(drawers, limits, pace)
+    desk = Desk(drawers, limits, pace, software=f"onestroke {version}")
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -43,13 +43,13 @@ def build_app(
         await desk.batcher.stop()
 
     # FastAPI's own pages of the API load scripts from other addresses: the description alone is served.
-    app = FastAPI(title="onestroke", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="onestroke", version=version, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.desk = desk
     app.include_router(openai_api.router)
     if with_page:
         app.include_router(page.router)
     _add_errors(app)
-    _add_probes(app, desk)
+    _add_probes(app, desk, version)
 
     @app.websocket("/v1/live")
     async def live(socket: WebSocket) -> None:
@@ -59,11 +59,11 @@ def build_app(
     return app
 
 
-def _add_probes(app: FastAPI, desk: Desk) -> None:
+def _add_probes(app: FastAPI, desk: Desk, version: str) -> None:
     @app.get("/health", tags=["probes"])
     async def health() -> dict[str, str]:
         """The process answers."""
-        return {"status": "ok", "version": __version__}
+        return {"status": "ok", "version": version}
 
     @app.get("/ready", tags=["probes"])
     async def ready(response: Response) -> dict[str, bool]:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from onestroke import __version__
 from onestroke.serve.batcher import Batcher, Drawn, Pace, Picture
 from onestroke.serve.drawer import Drawer, check_text
 from onestroke.serve.meters import Meters
@@ -44,8 +43,11 @@ class Plan:
 class Desk:
     """The models of a server, what it allows, and the batcher before them."""
 
-    def __init__(self, drawers: Sequence[Drawer], limits: Limits = Limits(), pace: Pace = Pace()) -> None:
-        """`drawers`: the first is drawn with where a request names none."""
+    def __init__(
+        self, drawers: Sequence[Drawer], limits: Limits = Limits(), pace: Pace = Pace(), *, software: str = "onestroke"
+    ) -> None:
+        """`drawers`: the first is drawn with where a request names none. `software`: its name inside the pictures."""
+        self.software = software
         self.drawers = {drawer.name: drawer for drawer in drawers}
         self.limits, self.meters, self.is_warm = limits, Meters(), False
         self.batcher = Batcher(
@@ -113,7 +115,7 @@ class Desk:
             "seed": str(order.seed),
             "steps": str(order.steps),
             "model": order.model,
-            "software": f"onestroke {__version__}",
+            "software": self.software,
         }
         if order.start is not None:
             metadata["strength"] = f"{order.start.strength:g}"
