@@ -232,6 +232,51 @@ def ablate(
     run_ablate(study, out, minutes=minutes, command=words, console=console)
 
 
+Host = Annotated[str, typer.Option(help="The address to listen on; any but this machine's own needs a token.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")]
+Token = Annotated[str | None, typer.Option(envvar="ONESTROKE_TOKEN", help="What clients must send as their API key.")]
+Names = Annotated[list[str] | None, typer.Option("--allow-host", help="A name that the server may be called by.")]
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help='"embedded", or a model folder or file.')] = "embedded",
+    teacher: Annotated[str | None, typer.Option(help="A second model, drawn in 25 guided steps.")] = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8188,
+    token: Token = None,
+    allow_host: Names = None,
+    wait_ms: Annotated[float, typer.Option(min=0.0, max=5.0, help="How long a request waits for company.")] = 5.0,
+    max_batch: Annotated[int, typer.Option(min=1, max=256, help="Pictures drawn together.")] = 16,
+    max_queue: Annotated[int, typer.Option(min=1, help="Pictures that wait before others are refused.")] = 128,
+) -> None:
+    """Serve a model: OpenAI's image API, a WebSocket for live drawing, and Prometheus's figures."""
+    from onestroke.commands.serve import Address, run_serve
+
+    address = Address(host, port, tuple(allow_host or ()), token)
+    run_serve(
+        model, teacher, address,
+        wait_ms=wait_ms, max_batch=max_batch, max_queue=max_queue, with_page=False, console=console,
+    )  # fmt: skip
+
+
+@app.command()
+def studio(
+    model: Annotated[str, typer.Argument(help='"embedded", or a model folder or file.')] = "embedded",
+    teacher: Annotated[str | None, typer.Option(help="A model to compare with; the embedded one has its own.")] = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8188,
+    token: Token = None,
+    allow_host: Names = None,
+) -> None:
+    """Open the studio: a comic page in the browser whose panels redraw while you type."""
+    from onestroke.commands.serve import Address, run_serve
+
+    address = Address(host, port, tuple(allow_host or ()), token)
+    teacher = "embedded-teacher" if teacher is None and model == "embedded" else teacher
+    run_serve(model, teacher, address, wait_ms=2.0, max_batch=16, max_queue=128, with_page=True, console=console)
+
+
 @app.command()
 def doctor() -> None:
     """What is installed, what works on this machine, what is missing and how to get it."""
