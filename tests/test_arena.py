@@ -337,7 +337,9 @@ def test_the_command_draws_takes_votes_and_prints_what_they_say(tmp_path, monkey
     with (tmp_path / "out" / "votes.jsonl").open("a") as file:
         file.write('{"voter')
     monkeypatch.setattr(sys, "argv", ["onestroke", "arena", "--results", str(tmp_path / "out" / "votes.jsonl")])
-    cli.main()
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 0
     printed = capsys.readouterr().out
     assert "2 votes" in printed and "warning: the last line" in printed
 
