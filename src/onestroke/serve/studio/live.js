@@ -34,7 +34,8 @@ export class Live extends EventTarget {
   }
 
   _send(frame) {
-    if (this.socket?.readyState === WebSocket.OPEN) this.socket.send(JSON.stringify(frame));
+    // The socket may be open before its event has come, which sends all that is wanted: nothing may go out twice.
+    if (this.state === "open" && this.socket.readyState === WebSocket.OPEN) this.socket.send(JSON.stringify(frame));
   }
 
   _connect() {
@@ -66,7 +67,7 @@ export class Live extends EventTarget {
   _take(data) {
     if (typeof data !== "string") return this._takePicture(data);
     const answer = JSON.parse(data);
-    if (answer.type === "superseded") this.contexts.delete(answer.id);
+    if (answer.type === "superseded" && this.wanted.get(answer.panel)?.frame.id !== answer.id) this.contexts.delete(answer.id);
     if (answer.type !== "error" || answer.panel === null) return;
     const waiting = this.wanted.get(answer.panel);
     if (waiting?.frame.id !== answer.id) return;
