@@ -107,9 +107,8 @@ function wireLettering(store, balloons, page) {
   for (const button of document.querySelectorAll("[data-letter]")) {
     button.addEventListener("click", () => {
       const frames = framesOf(store.project.layout, store.project.direction);
-      const [x, y, width, height] = frames[Math.min(page.selected, frames.length - 1)];
-      const spot = button.dataset.letter === "caption" ? [x + 120, y + 34] : [x + width * 0.3, y + height * 0.2];
-      const balloon = newBalloon(button.dataset.letter, ...spot);
+      const frame = frames[Math.min(page.selected, frames.length - 1)];
+      const balloon = newBalloon(button.dataset.letter, ...spotIn(frame, button.dataset.letter, store.project.balloons));
       store.change("add lettering", (project) => ({ ...project, balloons: [...project.balloons, balloon] }));
       store.settle();
       balloons.select(balloon.id);
@@ -120,6 +119,17 @@ function wireLettering(store, balloons, page) {
   $("#balloon-text").addEventListener("input", ({ target }) => store.balloon(balloons.selected, "words", { text: target.value.slice(0, 600) }));
   $("#balloon-size").addEventListener("input", ({ target }) => store.balloon(balloons.selected, "size", { size: Number(target.value) }));
   $("#balloon-delete").addEventListener("click", () => balloons.remove());
+}
+
+// Where new lettering goes in a frame: captions in its corner, effects low, balloons at the top, each clear of the last.
+function spotIn([x, y, width, height], kind, balloons) {
+  const inside = balloons.filter((other) => other.x > x && other.x < x + width && other.y > y && other.y < y + height);
+  const number = inside.filter((other) => (other.kind === "effect") === (kind === "effect")).length;
+  const down = 95 * Math.floor(number / 2);
+  if (kind === "caption") return [x + Math.min(120, width / 2), y + 34 + 50 * number];
+  if (kind === "effect") return [x + width * 0.6, y + height * 0.85 - down];
+  const side = Math.max(150, width * (number % 2 ? 0.7 : 0.32));
+  return [x + Math.min(side, Math.max(width / 2, width - 140)), y + Math.min(height * 0.8, Math.max(80, height * 0.14) + down)];
 }
 
 function wireKeys(store, inspector, files) {

@@ -23,7 +23,7 @@ export function newProject() {
 
 export function newBalloon(kind, x, y) {
   const words = { speech: "Hello!", thought: "Hmm…", shout: "Look out!", caption: "Meanwhile…", effect: "Boom!" };
-  const tail = ["speech", "thought", "shout"].includes(kind) ? { x: x + 40, y: y + 130 } : null;
+  const tail = ["speech", "thought", "shout"].includes(kind) ? { x: x + 30, y: y + 125 } : null;
   return { id: crypto.randomUUID(), kind, text: words[kind], x, y, width: kind === "effect" ? 400 : 190,
            size: kind === "effect" ? 84 : 26, tail };
 }
