@@ -20,6 +20,8 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Timings, each a command.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+data_app = typer.Typer(help="Look at a set of pictures.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 console = Console()
 GATE_FAILED = 3  # exit status: measured, and not good enough; 1 is an error
 
@@ -118,6 +120,33 @@ def comicset(
             on_progress=lambda done, total: progress.update(task, completed=done),
         )
     console.print(f"{count} pictures of the {split} split in {folder}")
+
+
+@app.command()
+def curate(
+    sources: Annotated[list[str], typer.Argument(help="Folders of pictures or shards, .tar and .parquet files.")],
+    out: Out,
+    recipe: Annotated[Path | None, typer.Option(help="The stages and their thresholds, e.g. curate.yaml.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; none: one a core.")] = None,
+) -> None:
+    """Turn a heap of pictures into clean WebDataset shards, an index and a page that says what was dropped and why."""
+    from onestroke.commands.curate import run_curate
+
+    run_curate(sources, out, recipe, workers, console=console)
+
+
+@data_app.command("inspect")
+def data_inspect(
+    folder: Annotated[Path, typer.Argument(help="A folder of captioned pictures or shards.")],
+    size: Annotated[int, typer.Option(min=8, max=8192, help="Pixels a side that will be trained on.")] = 512,
+    crop: Annotated[str, typer.Option(help="center or random.")] = "center",
+    sample: Annotated[int, typer.Option(min=1, help="Pictures looked at, at most.")] = 1000,
+    out: Out = Path("contact-sheet.png"),
+) -> None:
+    """What is in a set, and what a trainer will see of it after crops: numbers, and a contact sheet as a PNG."""
+    from onestroke.commands.inspection import run_inspect
+
+    run_inspect(folder, out, size=size, crop=crop, sample=sample, console=console)
 
 
 @app.command()

@@ -17,13 +17,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from onestroke.errors import RecipeError
 
 Precision = Literal["float32", "bfloat16", "float16", "float64"]
+Kind = TypeVar("Kind", bound="Section")
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """One part of a recipe, or a whole one."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class OptimizerRecipe(_Section):
+class OptimizerRecipe(Section):
     """AdamW or Muon. ADD's paper gives neither rates nor betas: ours, between its published neighbours."""
 
     kind: Literal["adamw", "muon"] = "adamw"  # muon: orthogonalised momentum for matrices, AdamW for the rest
@@ -44,7 +47,7 @@ class OptimizerRecipe(_Section):
         return betas
 
 
-class TeacherRecipe(_Section):
+class TeacherRecipe(Section):
     source: str = "embedded"  # "embedded", a diffusers folder, a hub id, or one .safetensors file
     guidance: tuple[float, float] = (3.0, 3.0)  # classifier-free guidance scale, uniform between the two; 1 is off
     min_t: float = Field(0.02, ge=0, lt=1)  # lowest and highest teacher timestep, as shares of the schedule
@@ -58,7 +61,7 @@ class TeacherRecipe(_Section):
         return self
 
 
-class UnetRecipe(_Section):
+class UnetRecipe(Section):
     """A smaller student UNet: what differs from the teacher's config. Blocks of the same shape are copied."""
 
     block_out_channels: tuple[int, ...] | None = None
@@ -66,7 +69,7 @@ class UnetRecipe(_Section):
     transformer_layers_per_block: tuple[int, ...] | None = None
 
 
-class StudentRecipe(_Section):
+class StudentRecipe(Section):
     source: str | None = None  # continue this student: a diffusers folder; None starts from the teacher
     init: Literal["teacher", "random"] = "teacher"
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None  # None: the teacher's
@@ -84,7 +87,7 @@ class StudentRecipe(_Section):
         return self
 
 
-class DiscriminatorRecipe(_Section):
+class DiscriminatorRecipe(Section):
     features: Literal["efficientnet-lite0", "dinov2-small", "dinov2-large"] = "efficientnet-lite0"
     features_source: str | None = None  # a local folder or hub id in place of the network's own
     conditioning: Literal["none", "text", "image", "both"] = "both"
@@ -99,7 +102,7 @@ class DiscriminatorRecipe(_Section):
     # random (StyleGAN-T, arXiv 2301.09515, section 3.2), so that no pattern in step with the features' grid pays
 
 
-class LossRecipe(_Section):
+class LossRecipe(Section):
     adversarial_weight: float = Field(1.0, ge=0)
     distill_weight: float = Field(2.5, ge=0)  # lambda
     weighting: Literal["exponential", "sds", "nfsd"] = "exponential"  # c(t)
@@ -108,7 +111,7 @@ class LossRecipe(_Section):
     r1_every: int = Field(1, ge=1)  # in every n-th step, n times as strong (arXiv 1912.04958, section 3.1)
 
 
-class DataRecipe(_Section):
+class DataRecipe(Section):
     source: str = "comicset"  # "comicset" or a folder of captioned pictures or shards
     size: int = Field(128, ge=8, le=8192)  # pixels a side
     random_flip: bool = False
@@ -117,7 +120,7 @@ class DataRecipe(_Section):
     max_broken_share: float = Field(0.05, ge=0, le=1)
 
 
-class TrainRecipe(_Section):
+class TrainRecipe(Section):
     num_images: int = Field(40_000, ge=1)  # pictures in the whole run
     batch_size: int = Field(16, ge=1)
     micro_batch_size: int | None = Field(None, ge=1)  # pictures at once; gradients add up to the batch
@@ -134,7 +137,7 @@ class TrainRecipe(_Section):
         return self
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A distillation run."""
 
     name: str = "distill"
@@ -149,7 +152,7 @@ class Recipe(_Section):
     train: TrainRecipe = TrainRecipe()
 
 
-class PretrainRecipe(_Section):
+class PretrainRecipe(Section):
     """A training of the embedded models from nothing. The defaults take about 3 hours on 2 cores."""
 
     size: int = Field(128, ge=32, le=1024, multiple_of=16)  # pixels a side; the VAE halves them thrice, the UNet once
@@ -196,10 +199,7 @@ def pretrain_recipe(overrides: Iterable[str] = ()) -> PretrainRecipe:
     return _section_from(PretrainRecipe, {}, overrides, "pretrain")
 
 
-S = TypeVar("S", bound=_Section)
-
-
-def _section_from(kind: type[S], tree: Mapping[str, Any], overrides: Iterable[str], where: str) -> S:
+def _section_from(kind: type[Kind], tree: Mapping[str, Any], overrides: Iterable[str], where: str) -> Kind:
     if not isinstance(tree, Mapping):
         raise RecipeError("a recipe is a mapping of sections", where=where, fix="See recipes/mini.yaml.")
     merged = _copied(tree)
@@ -211,10 +211,15 @@ def _section_from(kind: type[S], tree: Mapping[str, Any], overrides: Iterable[st
             _assign(merged, key.strip().split("."), yaml.safe_load(value), line)
         except yaml.YAMLError as error:
             raise RecipeError("the value is not YAML", where=f"--set {line}", fix="Quote it.") from error
+    return validated(kind, merged, where=where)
+
+
+def validated(model: type[Kind], tree: Any, *, where: str) -> Kind:
+    """`tree` as a recipe of this kind; raises `RecipeError` with the nearest known key."""
     try:
-        return kind.model_validate(merged)
+        return model.model_validate(tree)
     except ValidationError as error:
-        raise _explained(error, kind, where) from error
+        raise _explained(error, where, model) from error
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -236,12 +241,12 @@ def _assign(tree: dict, keys: list[str], value: Any, line: str) -> None:
     tree[keys[-1]] = value
 
 
-def _explained(error: ValidationError, kind: type[BaseModel], where: str) -> RecipeError:
+def _explained(error: ValidationError, where: str, model: type[Section]) -> RecipeError:
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
     name = ".".join(path)
     if first["type"] == "extra_forbidden":
-        known = _keys_beside(path, kind)
+        known = _keys_beside(path, model)
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
         fix = f"Did you mean {'.'.join([*path[:-1], near[0]])!r}?" if near else f"Known keys: {', '.join(known)}."
         return RecipeError(f"unknown key {name!r}", where=where, fix=fix)
