@@ -3,11 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 MINUTES ?= 10
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint install clean browser
 demo: $(VENV)/.installed
 	$(VENV)/bin/onestroke demo --minutes $(MINUTES)
 
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test browser
 	$(VENV)/bin/ruff check src tests examples
 	$(VENV)/bin/python -m pytest
 
@@ -23,6 +23,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e ".[test]"
 	touch $@
+
+# The studio's test needs Chromium and skips, visibly, where there is none and none can be installed.
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { [ "$$(id -u)" = 0 ] \
+	  && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } \
+	  || echo "no Chromium: the studio's test will be skipped"
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff format --check src tests examples

@@ -23,6 +23,7 @@ from onestroke.families.load import from_pipeline
 from onestroke.randomness import normal, stratified
 from onestroke.sample import student_scheduler
 from onestroke.schedule import PREDICTION_TYPES, student_timesteps
+from onestroke.train.optimizers import Muon
 
 torch.set_num_threads(1)
 
@@ -329,6 +330,65 @@ def test_r1_teaches_the_heads_and_can_be_switched_off():
         grads[gamma] = torch.autograd.grad(loss.total, list(method.heads.parameters()))
     for k, positions in enumerate((64, 16)):  # d/dw of positions * ||w||^2 = 2 * positions * w
         torch.testing.assert_close(grads[1][k] - grads[0][k], torch.full_like(grads[0][k], 2 * positions * (k + 1.0)))
+
+
+def test_a_lazy_r1_comes_every_nth_step_n_times_as_strong_whatever_the_micro_batches():
+    """The penalty of the hand-worked test above; steps of 4 pictures, seen 2 at a time."""
+    method = tiny_add("losses.r1_every=3")
+    method.heads = LinearHeads((8, 16))
+    penalty = 3e-5 * (64 * 8 * 1 + 16 * 16 * 4)
+    for step in range(6):
+        for half in (0, 2):
+            batch = tiny_batch(2, first=4 * step + half)
+            terms = method.loss(DISCRIMINATOR, method.rollout(batch, BOTH)).terms
+            assert ("r1" in terms) == (step % 3 == 0)
+            if "r1" in terms:
+                assert terms["r1"].item() == pytest.approx(penalty, rel=1e-9)
+
+
+def test_real_pictures_can_be_shown_as_the_vae_decodes_them():
+    batch = tiny_batch(2)
+    shown = {kind: tiny_add(f"discriminator.real={kind}").rollout(batch, BOTH) for kind in ("data", "reconstructed")}
+    method = tiny_add()
+    with torch.no_grad():
+        decoded = method.model.decode_latents(method.model.encode_images(batch.images))
+        for kind, pictures in (("data", batch.images), ("reconstructed", decoded)):
+            for found, expected in zip(shown[kind].real, method.features(pictures), strict=True):
+                torch.testing.assert_close(found, expected)
+            torch.testing.assert_close(shown[kind].c_img, method.features.embed(pictures))
+    assert not torch.allclose(shown["data"].real[0], shown["reconstructed"].real[0])
+
+
+def test_the_features_are_shown_a_part_at_each_pictures_own_place():
+    method, whole = tiny_add("discriminator.crop=0.5"), tiny_add()
+    images = torch.arange(2 * 3 * 32 * 32).double().reshape(2, 3, 32, 32).requires_grad_()
+    slots = torch.tensor([0, 1])
+    parts = method._part(images, slots, "fake crop")
+    assert parts.shape == (2, 3, 16, 16) and whole._part(images, slots, "fake crop") is images
+    corners = [divmod(int(part[0, 0, 0]) % 1024, 32) for part in parts]
+    for part, image, (top, left) in zip(parts, images, corners, strict=True):
+        assert torch.equal(part, image[:, top : top + 16, left : left + 16])
+    assert corners[0] != corners[1]
+    assert torch.equal(method._part(images[1:], slots[1:], "fake crop"), parts[1:])  # whatever it is batched with
+    parts.sum().backward()
+    assert images.grad.sum() == parts.numel() and images.grad.max() == 1
+    places = torch.stack([method._part(images[:1], torch.tensor([s]), "x")[0, 0, 0, 0] for s in range(300)]).long()
+    assert (places // 32 % 32).unique().tolist() == (places % 32).unique().tolist() == list(range(17))
+
+
+def test_cropped_fake_and_real_pictures_reach_the_heads():
+    method = tiny_add("discriminator.crop=0.5")
+    sizes = []
+    method.features.register_forward_hook(lambda module, inputs, output: sizes.append(tuple(inputs[0].shape[-2:])))
+    rollout = method.rollout(tiny_batch(2), BOTH)
+    assert (16, 16) in sizes and {tuple(f.shape[-2:]) for f in (rollout.fake[0], rollout.real[0])} == {(4, 4)}
+
+
+def test_a_player_can_be_trained_by_muon():
+    for kind, found in (("adamw", torch.optim.AdamW), ("muon", Muon)):
+        trainer = tiny_trainer(f"student_optimizer.kind={kind}")
+        assert type(trainer.optimizers[STUDENT]) is found
+        assert type(trainer.optimizers[DISCRIMINATOR]) is torch.optim.AdamW
 
 
 def test_the_discriminators_loss_is_hinge_on_real_and_fake_plus_r1():

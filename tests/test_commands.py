@@ -14,11 +14,12 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import load_file
 
 from onestroke import cli, embedded
 from onestroke.commands import bench, distill, doctor, generate, pretrain
 from onestroke.commands.progress import Display, clock_time, summary
-from onestroke.config import load_recipe
+from onestroke.config import load_recipe, pretrain_recipe
 from onestroke.data.comicset import ComicSource, write_comicset
 from onestroke.embedded.architecture import build_pipeline
 from onestroke.embedded.autoencoder import build_autoencoder
@@ -277,11 +278,16 @@ def test_summary_averages_logits_over_heads():
 # pretrain
 
 
+def tiny_pretrain(*overrides: str):
+    small = ("size=32", "vae_images=8", "judge_images=1", "teacher_images=32")
+    return pretrain_recipe([*small, *overrides])
+
+
 def test_pretrain_of_the_users_pictures_leaves_a_teacher_and_goes_on(tmp_path):
     write_comicset(tmp_path / "pictures", count=40, size=32)
     for minutes, expected in ((0.0, "run the same command again"), (None, "distill mini --teacher")):
         console = paper()
-        pretrain.run_pretrain(tmp_path / "pictures", 32, 8, 1, 32, minutes, tmp_path / "out", console=console)
+        pretrain.run_pretrain(tmp_path / "pictures", tiny_pretrain(), minutes, tmp_path / "out", console=console)
         assert expected in text_of(console)
     assert (tmp_path / "out" / "teacher" / "model_index.json").exists()
     assert not (tmp_path / "out" / "judge").exists()
@@ -290,17 +296,36 @@ def test_pretrain_of_the_users_pictures_leaves_a_teacher_and_goes_on(tmp_path):
 def test_minutes_bound_the_stages_together(monkeypatch, tmp_path):
     calls = []
 
-    def teacher(out, source, recipe, *, minutes, observe) -> bool:
+    def latents(out, source, recipe, machine, *, log) -> None:
+        calls.append("latents")
+
+    def teacher(out, source, cache, recipe, machine, *, minutes, observe) -> bool:
         calls.append(minutes)
         return True
 
-    monkeypatch.setattr(pretrain, "pretrain_vae", lambda out, source, recipe, *, log: calls.append("vae"))
-    monkeypatch.setattr(pretrain, "pretrain_judge", lambda out, recipe, *, log: calls.append("judge"))
+    monkeypatch.setattr(pretrain, "pretrain_vae", lambda out, source, recipe, machine, *, log: calls.append("vae"))
+    monkeypatch.setattr(pretrain, "pretrain_judge", lambda out, recipe, machine, *, log: calls.append("judge"))
+    monkeypatch.setattr(pretrain, "pretrain_latents", latents)
     monkeypatch.setattr(pretrain, "pretrain_teacher", teacher)
-    pretrain.run_pretrain(None, 64, 1, 1, 1, 10.0, tmp_path, console=paper())
-    assert calls[:2] == ["vae", "judge"] and 9.9 < calls[2] <= 10.0
-    pretrain.run_pretrain(None, 64, 1, 1, 1, 0.0, tmp_path, console=paper())
-    assert calls[3:] == ["vae"]
+    pretrain.run_pretrain(None, tiny_pretrain(), 10.0, tmp_path, console=paper())
+    assert calls[:3] == ["vae", "judge", "latents"] and 9.9 < calls[3] <= 10.0
+    pretrain.run_pretrain(None, tiny_pretrain(), 0.0, tmp_path, console=paper())
+    assert calls[4:] == ["vae"]
+
+
+def test_pretrain_goes_on_from_a_teacher_with_its_own_vae(tmp_path):
+    write_comicset(tmp_path / "pictures", count=40, size=32)
+    first, second = tmp_path / "first", tmp_path / "second"
+    pretrain.run_pretrain(tmp_path / "pictures", tiny_pretrain(), None, first, console=paper())
+    again = tiny_pretrain(f"start={first / 'teacher'}")
+    pretrain.run_pretrain(tmp_path / "pictures", again, None, second, console=paper())
+    before, after = (load_file(f / "teacher" / "unet" / "diffusion_pytorch_model.safetensors") for f in (first, second))
+    moved = [(before[name] - after[name]).abs().max().item() for name in before]
+    assert 0 < max(moved) < 0.1
+    other = tmp_path / "third"
+    build_autoencoder().save_pretrained(other / "vae" / "final")
+    with pytest.raises(ModelError, match="another VAE"):
+        pretrain.run_pretrain(tmp_path / "pictures", again, None, other, console=paper())
 
 
 def test_a_stage_stops_at_the_first_saving_past_its_time():
@@ -311,9 +336,13 @@ def test_a_stage_stops_at_the_first_saving_past_its_time():
         log("200 pictures")
 
 
-def test_pretrain_refuses_a_size_that_the_networks_cannot_halve(monkeypatch, capsys):
-    status, _, error = onestroke("pretrain", "--size", "100", monkeypatch=monkeypatch, capsys=capsys)
-    assert status == 1 and "100 is not a multiple of 16" in error and "96" in error and error.count("\n") == 1
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [(("--size", "100"), "multiple of 16"), (("--set", "teacher_image=3"), "Did you mean 'teacher_images'?")],
+)
+def test_pretrain_refuses_bad_settings_in_one_line(arguments, part, monkeypatch, capsys):
+    status, _, error = onestroke("pretrain", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert status == 1 and part in error and error.count("\n") == 1
 
 
 # doctor

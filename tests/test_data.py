@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import multiprocessing
 import os
+import signal
 import tarfile
 from dataclasses import dataclass, field
 
@@ -31,7 +33,7 @@ class Numbered:
     def __len__(self):
         return self.num_pictures
 
-    def caption(self, index):
+    def caption(self, index, *, slot=None):
         return f"number {index}"
 
     def read(self, index, *, slot=None):
@@ -128,7 +130,7 @@ def test_time_ids_say_where_the_crop_lies_and_a_flip_mirrors_it():
         def __len__(self):
             return 1
 
-        def caption(self, index):
+        def caption(self, index, *, slot=None):
             return ""
 
         def read(self, index, *, slot=None):
@@ -499,3 +501,15 @@ def test_tars_that_cannot_be_used_are_refused(tmp_path):
     write_tar(tmp_path / "a.tar", {"a.png": content})
     with pytest.raises(DataError, match="no captioned pictures"):
         quiet(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_process_group_leaves_the_workers_reading_until_the_loader_ends(number):
+    reading = batches(Numbered(40), batch_size=4, size=(16, 16), first_slot=0, last_slot=40, seed=0, num_workers=1)
+    first = next(reading)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, number)
+    rest = list(reading)
+    assert [len(batch) for batch in (first, *rest)] == [4] * 10
+    worker.join(20)
+    assert worker.exitcode == 0

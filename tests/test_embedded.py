@@ -12,6 +12,7 @@ from onestroke.embedded.autoencoder import build_autoencoder, normalise_latents
 from onestroke.embedded.fit import fit, stack_images
 from onestroke.embedded.held_out import JUDGE, comic_pictures, comic_prompts, judged, value_namer
 from onestroke.embedded.judge import IGNORED, NOTHING, Judge, judge_loss, labels_of, load_judge, new_judge, save_judge
+from onestroke.embedded.vocabulary import completions, unknown_words
 
 
 def test_normalised_latents_have_unit_channels_and_decode_to_the_same_pictures():
@@ -101,7 +102,7 @@ def test_the_tokenizer_keeps_the_captions_words_whole_and_falls_back_to_bytes():
     assert tokenizer.tokenize("a person with pink hair") == ["a</w>", "person</w>", "with</w>", "pink</w>", "hair</w>"]
     unknown = tokenizer("Zürich 漫画").input_ids
     assert tokenizer.unk_token_id not in unknown[1:-1] and len(unknown) > 4
-    assert tokenizer.model_max_length == 77
+    assert tokenizer.model_max_length == 64
 
 
 def test_the_unet_has_at_most_8_5_million_parameters():
@@ -165,3 +166,8 @@ def test_the_judge_sees_pictures_of_another_size_as_at_its_own(tmp_path):
         for size in (128, 256)
     )
     assert np.linalg.norm(small - large) < 0.3 * np.linalg.norm(small - np.roll(small, 1, axis=0))
+
+
+def test_completions_are_whole_phrases_of_words_that_the_embedded_model_knows():
+    assert {"pink hair", "round glasses", "a yellow background"} <= set(completions())
+    assert not any(unknown_words(phrase) or "{" in phrase for phrase in completions())

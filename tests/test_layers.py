@@ -13,7 +13,8 @@ PACKAGE = Path(onestroke.__file__).parent
 # exported; evaluate stands above train too, and the embedded models below everything that trains them.
 ROOMS = (
     "types", "errors", "config", "recipes", "schedule", "randomness", "families", "data", "train/method", "distill",
-    "sample", "single_file_export", "export", "card", "evaluate", "train", "plan", "embedded", "serve",
+    "sample", "single_file_export", "export", "card", "evaluate", "arena", "train", "plan", "embedded", "ablation",
+    "serve",
 )  # fmt: skip
 COMPOSITION = ("__init__", "__main__", "build", "api", "cli", "commands")  # may import from every room
 

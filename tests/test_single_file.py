@@ -123,8 +123,12 @@ def test_scheduler_tokenizers_and_configs_come_back(tmp_path):
 
 @pytest.mark.parametrize(
     ("prediction_type", "zero_snr", "marks", "spec"),
-    [("epsilon", False, set(), "epsilon"), ("v_prediction", False, {"v_pred"}, "v"),
-     ("v_prediction", True, {"v_pred", "ztsnr"}, "v"), ("epsilon", True, set(), "epsilon")],
+    [
+        ("epsilon", False, set(), "epsilon"),
+        ("v_prediction", False, {"v_pred"}, "v"),
+        ("v_prediction", True, {"v_pred", "ztsnr"}, "v"),
+        ("epsilon", True, set(), "epsilon"),
+    ],
 )
 def test_prediction_type_and_sampler_are_marked_for_other_tools(prediction_type, zero_snr, marks, spec, tmp_path):
     pipeline = tiny_sd(prediction_type, zero_snr)
@@ -205,11 +209,18 @@ def meta_pipeline(family: str):
     scheduler = tiny_sd().scheduler
     if family == "sdxl":
         return StableDiffusionXLPipeline(
-            **parts, scheduler=scheduler, tokenizer=clip_tokenizer(), tokenizer_2=clip_tokenizer(pad_token="!"),
+            **parts,
+            scheduler=scheduler,
+            tokenizer=clip_tokenizer(),
+            tokenizer_2=clip_tokenizer(pad_token="!"),
             add_watermarker=False,
         )
     return StableDiffusionPipeline(
-        **parts, scheduler=scheduler, tokenizer=clip_tokenizer(), safety_checker=None, feature_extractor=None,
+        **parts,
+        scheduler=scheduler,
+        tokenizer=clip_tokenizer(),
+        safety_checker=None,
+        feature_extractor=None,
         requires_safety_checker=False,
     )
 
@@ -312,9 +323,13 @@ def header_of(keys=(), metadata=None, shapes=None) -> Header:
 
 @pytest.mark.parametrize(
     ("keys", "metadata", "stated"),
-    [((), {}, None), (("v_pred",), {}, "v_prediction"), ((), {"modelspec.prediction_type": "v"}, "v_prediction"),
-     (("v_pred",), {"modelspec.prediction_type": "epsilon"}, "v_prediction"),
-     ((), {"modelspec.prediction_type": "epsilon"}, "epsilon")],
+    [
+        ((), {}, None),
+        (("v_pred",), {}, "v_prediction"),
+        ((), {"modelspec.prediction_type": "v"}, "v_prediction"),
+        (("v_pred",), {"modelspec.prediction_type": "epsilon"}, "v_prediction"),
+        ((), {"modelspec.prediction_type": "epsilon"}, "epsilon"),
+    ],
 )
 def test_stated_prediction_type_is_read_from_marker_then_metadata(keys, metadata, stated):
     assert stated_prediction(header_of(keys, metadata)) == stated
@@ -359,8 +374,10 @@ def test_sd2_is_epsilon_at_512_unless_it_is_said_to_predict_v_at_768():
     configs = packaged_configs("sd2")
     plain = with_prediction(configs, header, None, is_own=False)
     v = with_prediction(configs, header, "v_prediction", is_own=False)
-    found = [(c["scheduler/scheduler_config.json"]["prediction_type"], c["unet/config.json"]["sample_size"] * 8)
-             for c in (plain, v)]
+    found = [
+        (c["scheduler/scheduler_config.json"]["prediction_type"], c["unet/config.json"]["sample_size"] * 8)
+        for c in (plain, v)
+    ]
     assert found == [("epsilon", 512), ("v_prediction", 768)]
 
 
@@ -375,14 +392,17 @@ SD_PARTS = (f"{LDM}out.2.weight", "first_stage_model.quant_conv.weight")
 
 @pytest.mark.parametrize(
     ("keys", "message"),
-    [(("lora_unet_down_blocks_0.lora_up.weight",), "this is a LoRA"),
-     (("model.diffusion_model.joint_blocks.0.x.weight",), "SD3"),
-     (("model.diffusion_model.double_blocks.0.img_attn.qkv.weight",), "Flux"),
-     ((*SD_PARTS, "conditioner.embedders.0.model.ln_final.weight"), "refiner"),
-     ((*SD_PARTS, "conditioner.embedders.1.model.ln_final.weight", "edm_mean"), "EDM"),
-     (("down_blocks.0.resnets.0.conv1.weight",), "a diffusers UNet without its folder"),
-     ((f"{LDM}out.2.weight", "cond_stage_model.model.ln_final.weight"), "no VAE"),
-     (SD_PARTS, "no text encoder"), (("weight",), "no checkpoint that is known")],
+    [
+        (("lora_unet_down_blocks_0.lora_up.weight",), "this is a LoRA"),
+        (("model.diffusion_model.joint_blocks.0.x.weight",), "SD3"),
+        (("model.diffusion_model.double_blocks.0.img_attn.qkv.weight",), "Flux"),
+        ((*SD_PARTS, "conditioner.embedders.0.model.ln_final.weight"), "refiner"),
+        ((*SD_PARTS, "conditioner.embedders.1.model.ln_final.weight", "edm_mean"), "EDM"),
+        (("down_blocks.0.resnets.0.conv1.weight",), "a diffusers UNet without its folder"),
+        ((f"{LDM}out.2.weight", "cond_stage_model.model.ln_final.weight"), "no VAE"),
+        (SD_PARTS, "no text encoder"),
+        (("weight",), "no checkpoint that is known"),
+    ],
 )
 def test_other_kinds_of_files_are_named_in_one_line(keys, message):
     with pytest.raises(ModelError, match=message) as caught:
@@ -413,9 +433,11 @@ def checkpoint(tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "message"),
-    [(f"{LDM}out.2.weight", "the UNet is of another architecture"),
-     ("cond_stage_model.transformer.text_model.final_layer_norm.bias", "the text encoder is incomplete"),
-     ("first_stage_model.decoder.conv_out.weight", "the checkpoint cannot be loaded")],
+    [
+        (f"{LDM}out.2.weight", "the UNet is of another architecture"),
+        ("cond_stage_model.transformer.text_model.final_layer_norm.bias", "the text encoder is incomplete"),
+        ("first_stage_model.decoder.conv_out.weight", "the checkpoint cannot be loaded"),
+    ],
 )
 def test_a_missing_tensor_is_an_error_not_a_random_weight(checkpoint, key, message):
     with pytest.raises(ModelError, match=message) as caught:
@@ -441,11 +463,13 @@ def test_old_merges_without_text_model_in_their_keys_are_read(checkpoint):
 
 @pytest.mark.parametrize(
     "change",
-    [lambda c: c["model_index.json"].update(_class_name="os"),
-     lambda c: c["model_index.json"].update(text_encoder=["os", "system"]),
-     lambda c: c["tokenizer/tokenizer_config.json"].update(tokenizer_class="AutoModel"),
-     lambda c: c["scheduler/scheduler_config.json"].update(_class_name="UNet2DModel"),
-     lambda c: c.pop("vae/config.json")],
+    [
+        lambda c: c["model_index.json"].update(_class_name="os"),
+        lambda c: c["model_index.json"].update(text_encoder=["os", "system"]),
+        lambda c: c["tokenizer/tokenizer_config.json"].update(tokenizer_class="AutoModel"),
+        lambda c: c["scheduler/scheduler_config.json"].update(_class_name="UNet2DModel"),
+        lambda c: c.pop("vae/config.json"),
+    ],
     ids=["pipeline", "text encoder", "tokenizer", "scheduler", "missing VAE config"],
 )
 def test_configs_in_metadata_can_name_only_classes_of_ours(checkpoint, change):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from onestroke.errors import OnestrokeError
+from onestroke.errors import OnestrokeError, RecipeError
 
 app = typer.Typer(
     help="Distil a text-to-image model into one that draws in 1 to 4 steps; measure it; draw with it.",
@@ -19,6 +20,8 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Timings, each a command.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+data_app = typer.Typer(help="Look at a set of pictures.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 console = Console()
 GATE_FAILED = 3  # exit status: measured, and not good enough; 1 is an error
 
@@ -76,17 +79,19 @@ def generate(
 @app.command()
 def pretrain(
     data: Annotated[Path | None, typer.Option(help="A folder of captioned pictures; none: the embedded ones.")] = None,
-    size: Annotated[int, typer.Option(min=32, max=1024, help="Pixels a side, a multiple of 16.")] = 128,
-    vae_images: Annotated[int, typer.Option(min=1)] = 84_000,
-    judge_images: Annotated[int, typer.Option(min=1)] = 40_000,
-    teacher_images: Annotated[int, typer.Option(min=1)] = 200_000,
+    size: Annotated[int, typer.Option(help="Pixels a side, a multiple of 16.")] = 128,
+    start: Annotated[str | None, typer.Option(help="Go on from this teacher: embedded-teacher, or a folder.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a setting: key=value.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     minutes: Minutes = None,
     out: Out = Path("runs/pretrain"),
 ) -> None:
     """Train a small teacher from nothing: the VAE, the judge (of the embedded pictures) and the UNet."""
     from onestroke.commands.pretrain import run_pretrain
+    from onestroke.config import pretrain_recipe
 
-    run_pretrain(data, size, vae_images, judge_images, teacher_images, minutes, out, console=console)
+    given = [f"size={size}", *([] if start is None else [f"start={json.dumps(start)}"]), *(overrides or [])]
+    run_pretrain(data, pretrain_recipe(given), minutes, out, device=device, console=console)
 
 
 @app.command()
@@ -115,6 +120,33 @@ def comicset(
             on_progress=lambda done, total: progress.update(task, completed=done),
         )
     console.print(f"{count} pictures of the {split} split in {folder}")
+
+
+@app.command()
+def curate(
+    sources: Annotated[list[str], typer.Argument(help="Folders of pictures or shards, .tar and .parquet files.")],
+    out: Out,
+    recipe: Annotated[Path | None, typer.Option(help="The stages and their thresholds, e.g. curate.yaml.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; none: one a core.")] = None,
+) -> None:
+    """Turn a heap of pictures into clean WebDataset shards, an index and a page that says what was dropped and why."""
+    from onestroke.commands.curate import run_curate
+
+    run_curate(sources, out, recipe, workers, console=console)
+
+
+@data_app.command("inspect")
+def data_inspect(
+    folder: Annotated[Path, typer.Argument(help="A folder of captioned pictures or shards.")],
+    size: Annotated[int, typer.Option(min=8, max=8192, help="Pixels a side that will be trained on.")] = 512,
+    crop: Annotated[str, typer.Option(help="center or random.")] = "center",
+    sample: Annotated[int, typer.Option(min=1, help="Pictures looked at, at most.")] = 1000,
+    out: Out = Path("contact-sheet.png"),
+) -> None:
+    """What is in a set, and what a trainer will see of it after crops: numbers, and a contact sheet as a PNG."""
+    from onestroke.commands.inspection import run_inspect
+
+    run_inspect(folder, out, size=size, crop=crop, sample=sample, console=console)
 
 
 @app.command()
@@ -150,6 +182,129 @@ def evaluate(
     )  # fmt: skip
     if not run_evaluate(request, console=console):
         raise typer.Exit(GATE_FAILED)
+
+
+@app.command()
+def arena(
+    student: Annotated[str | None, typer.Argument(help='"embedded", or a model folder or file.')] = None,
+    teacher: Annotated[str | None, typer.Argument(help='"embedded-teacher", or a model folder or file.')] = None,
+    prompts: Annotated[Path | None, typer.Option(help="One a line; none: the embedded held-out prompts.")] = None,
+    num_prompts: Annotated[int | None, typer.Option(min=1, help="The first so many; each becomes a pair.")] = None,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="The student's.")] = 1,
+    teacher_steps: Annotated[int, typer.Option(min=1, max=1000)] = 50,
+    guidance: Annotated[float | None, typer.Option(min=0.0, help="The teacher's guidance scale.")] = None,
+    votes: Annotated[Path | None, typer.Option(help="The votes file; none: votes.jsonl in --out.")] = None,
+    voter: Annotated[str, typer.Option(help="Whose votes these are.")] = "me",
+    results: Annotated[Path | None, typer.Option(help="Print what this votes file says, and stop.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first picture, and of the order.")] = 0,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Of this machine's own address; 0 takes a free one.")
+    ] = 8760,
+    out: Out = Path("runs/arena"),
+) -> None:
+    """Vote blind on pictures of a student and its teacher, in the browser; Elo and Bradley-Terry from the votes."""
+    from onestroke.commands.arena import print_results, run_arena
+
+    if results is not None:
+        print_results(results, console)
+        return
+    if student is None or teacher is None:
+        raise RecipeError(
+            "two models are needed", where="arena", fix="As in `onestroke arena embedded embedded-teacher`."
+        )
+    run_arena(
+        student,
+        teacher,
+        out,
+        prompts=prompts,
+        num_prompts=num_prompts,
+        steps=steps,
+        teacher_steps=teacher_steps,
+        guidance=guidance,
+        votes=votes,
+        voter=voter,
+        seed=seed,
+        port=port,
+        console=console,
+    )
+
+
+@app.command()
+def ablate(
+    recipe: Annotated[str, typer.Argument(help="A recipe (file or packaged name), or a study file with groups.")],
+    over: Annotated[
+        list[str] | None, typer.Option("--over", help="What to vary: section.key=value,value. May be repeated.")
+    ] = None,
+    grid: Annotated[
+        bool, typer.Option("--grid/--one-at-a-time", help="All combinations of several --over, or one at a time.")
+    ] = False,
+    seeds: Annotated[str | None, typer.Option(help="Of every setting: 0,1,2. None: 0, or the study's.")] = None,
+    num_images: Annotated[int | None, typer.Option(min=1, help="Pictures in every run; none: the recipe's.")] = None,
+    count: Annotated[int | None, typer.Option(min=100, help="Pictures each student is measured on.")] = None,
+    overrides: Set = None,
+    minutes: Minutes = None,
+    out: Out = Path("runs/ablate"),
+) -> None:
+    """Distil with equal budgets, varying the recipe; one table with intervals: ablation.html, .md and .json."""
+    from onestroke.commands.ablate import command_line, run_ablate, study_of
+
+    study = study_of(
+        recipe,
+        over or [],
+        is_grid=grid,
+        seeds=seeds,
+        num_images=num_images,
+        count=count,
+        overrides=overrides or [],
+    )
+    options = {"--seeds": seeds, "--num-images": num_images, "--count": count}
+    words = command_line(recipe, over or [], options, is_grid=grid, overrides=overrides or [])
+    run_ablate(study, out, minutes=minutes, command=words, console=console)
+
+
+Host = Annotated[str, typer.Option(help="The address to listen on; any but this machine's own needs a token.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")]
+Token = Annotated[str | None, typer.Option(envvar="ONESTROKE_TOKEN", help="What clients must send as their API key.")]
+Names = Annotated[list[str] | None, typer.Option("--allow-host", help="A name that the server may be called by.")]
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help='"embedded", or a model folder or file.')] = "embedded",
+    teacher: Annotated[str | None, typer.Option(help="A second model, drawn in 25 guided steps.")] = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8188,
+    token: Token = None,
+    allow_host: Names = None,
+    wait_ms: Annotated[float, typer.Option(min=0.0, max=5.0, help="How long a request waits for company.")] = 5.0,
+    max_batch: Annotated[int, typer.Option(min=1, max=256, help="Pictures drawn together.")] = 16,
+    max_queue: Annotated[int, typer.Option(min=1, help="Pictures that wait before others are refused.")] = 128,
+) -> None:
+    """Serve a model: OpenAI's image API, a WebSocket for live drawing, and Prometheus's figures."""
+    from onestroke.commands.serve import Address, run_serve
+
+    address = Address(host, port, tuple(allow_host or ()), token)
+    run_serve(
+        model, teacher, address,
+        wait_ms=wait_ms, max_batch=max_batch, max_queue=max_queue, with_page=False, console=console,
+    )  # fmt: skip
+
+
+@app.command()
+def studio(
+    model: Annotated[str, typer.Argument(help='"embedded", or a model folder or file.')] = "embedded",
+    teacher: Annotated[str | None, typer.Option(help="A model to compare with; the embedded one has its own.")] = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8188,
+    token: Token = None,
+    allow_host: Names = None,
+) -> None:
+    """Open the studio: a comic page in the browser whose panels redraw while you type."""
+    from onestroke.commands.serve import Address, run_serve
+
+    address = Address(host, port, tuple(allow_host or ()), token)
+    teacher = "embedded-teacher" if teacher is None and model == "embedded" else teacher
+    run_serve(model, teacher, address, wait_ms=2.0, max_batch=16, max_queue=128, with_page=True, console=console)
 
 
 @app.command()

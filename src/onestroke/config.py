@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -17,21 +17,25 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from onestroke.errors import RecipeError
 
 Precision = Literal["float32", "bfloat16", "float16", "float64"]
+Kind = TypeVar("Kind", bound="Section")
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """One part of a recipe, or a whole one."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class OptimizerRecipe(_Section):
-    """Adam. ADD's paper gives neither rates nor betas: ours, between its published neighbours."""
+class OptimizerRecipe(Section):
+    """AdamW or Muon. ADD's paper gives neither rates nor betas: ours, between its published neighbours."""
 
+    kind: Literal["adamw", "muon"] = "adamw"  # muon: orthogonalised momentum for matrices, AdamW for the rest
     learning_rate: float = Field(1e-6, gt=0)
     betas: tuple[float, float] = (0.0, 0.99)  # no momentum: the other player moves
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup_images: int = Field(0, ge=0)  # pictures
-    decay: Literal["constant", "cosine"] = "constant"  # cosine: to a tenth of the rate at the end of the run
+    decay: Literal["constant", "cosine", "linear"] = "constant"  # to a tenth at the end; or, over the last 40%, to 2%
     max_grad_norm: float | None = Field(1.0, gt=0)
     every: int = Field(1, ge=1)  # takes part in every n-th step
 
@@ -43,7 +47,7 @@ class OptimizerRecipe(_Section):
         return betas
 
 
-class TeacherRecipe(_Section):
+class TeacherRecipe(Section):
     source: str = "embedded"  # "embedded", a diffusers folder, a hub id, or one .safetensors file
     guidance: tuple[float, float] = (3.0, 3.0)  # classifier-free guidance scale, uniform between the two; 1 is off
     min_t: float = Field(0.02, ge=0, lt=1)  # lowest and highest teacher timestep, as shares of the schedule
@@ -57,7 +61,7 @@ class TeacherRecipe(_Section):
         return self
 
 
-class UnetRecipe(_Section):
+class UnetRecipe(Section):
     """A smaller student UNet: what differs from the teacher's config. Blocks of the same shape are copied."""
 
     block_out_channels: tuple[int, ...] | None = None
@@ -65,7 +69,7 @@ class UnetRecipe(_Section):
     transformer_layers_per_block: tuple[int, ...] | None = None
 
 
-class StudentRecipe(_Section):
+class StudentRecipe(Section):
     source: str | None = None  # continue this student: a diffusers folder; None starts from the teacher
     init: Literal["teacher", "random"] = "teacher"
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None  # None: the teacher's
@@ -83,24 +87,31 @@ class StudentRecipe(_Section):
         return self
 
 
-class DiscriminatorRecipe(_Section):
+class DiscriminatorRecipe(Section):
     features: Literal["efficientnet-lite0", "dinov2-small", "dinov2-large"] = "efficientnet-lite0"
     features_source: str | None = None  # a local folder or hub id in place of the network's own
     conditioning: Literal["none", "text", "image", "both"] = "both"
     text_encoder: str = "teacher"  # "teacher": its pooled embedding; or a CLIP text model's folder or hub id
     image_encoder: str = "features"  # "features": the feature network's own; or dinov2-small, dinov2-large
     image_encoder_source: str | None = None
+    real: Literal["data", "reconstructed"] = "data"  # reconstructed: as the VAE decodes them, so that its blur tells
+    # nothing of who drew a picture
+    crop: float = Field(
+        1.0, gt=0, le=1
+    )  # side of the part that is looked at, as a share of the picture's; its place is
+    # random (StyleGAN-T, arXiv 2301.09515, section 3.2), so that no pattern in step with the features' grid pays
 
 
-class LossRecipe(_Section):
+class LossRecipe(Section):
     adversarial_weight: float = Field(1.0, ge=0)
     distill_weight: float = Field(2.5, ge=0)  # lambda
     weighting: Literal["exponential", "sds", "nfsd"] = "exponential"  # c(t)
     distance: Literal["pixel", "latent"] = "pixel"
     r1_gamma: float = Field(1e-5, ge=0)
+    r1_every: int = Field(1, ge=1)  # in every n-th step, n times as strong (arXiv 1912.04958, section 3.1)
 
 
-class DataRecipe(_Section):
+class DataRecipe(Section):
     source: str = "comicset"  # "comicset" or a folder of captioned pictures or shards
     size: int = Field(128, ge=8, le=8192)  # pixels a side
     random_flip: bool = False
@@ -109,7 +120,7 @@ class DataRecipe(_Section):
     max_broken_share: float = Field(0.05, ge=0, le=1)
 
 
-class TrainRecipe(_Section):
+class TrainRecipe(Section):
     num_images: int = Field(40_000, ge=1)  # pictures in the whole run
     batch_size: int = Field(16, ge=1)
     micro_batch_size: int | None = Field(None, ge=1)  # pictures at once; gradients add up to the batch
@@ -126,7 +137,7 @@ class TrainRecipe(_Section):
         return self
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A distillation run."""
 
     name: str = "distill"
@@ -139,6 +150,20 @@ class Recipe(_Section):
     student_optimizer: OptimizerRecipe = OptimizerRecipe()
     discriminator_optimizer: OptimizerRecipe = OptimizerRecipe(learning_rate=1e-5)
     train: TrainRecipe = TrainRecipe()
+
+
+class PretrainRecipe(Section):
+    """A training of the embedded models from nothing. The defaults take about 3 hours on 2 cores."""
+
+    size: int = Field(128, ge=32, le=1024, multiple_of=16)  # pixels a side; the VAE halves them thrice, the UNet once
+    vae_images: int = Field(84_000, ge=1)  # pictures that each stage sees
+    judge_images: int = Field(110_000, ge=1)
+    latent_images: int = Field(50_000, ge=1)  # encoded once and shown again and again, under new captions
+    teacher_images: int = Field(200_000, ge=1)
+    batch_size: int = Field(32, ge=1)  # of the teacher
+    learning_rate: float = Field(3e-3, gt=0)  # of the teacher, by Muon
+    start: str | None = None  # a teacher to go on from: "embedded-teacher", or a folder of the same architecture
+    seed: int = Field(0, ge=0)
 
 
 def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -166,6 +191,15 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 def recipe_from(tree: Mapping[str, Any], overrides: Iterable[str] = (), *, where: str = "recipe") -> Recipe:
     """A recipe from nested mappings and "section.key=value" overrides."""
+    return _section_from(Recipe, tree, overrides, where)
+
+
+def pretrain_recipe(overrides: Iterable[str] = ()) -> PretrainRecipe:
+    """The default training of the embedded models, with "key=value" overrides."""
+    return _section_from(PretrainRecipe, {}, overrides, "pretrain")
+
+
+def _section_from(kind: type[Kind], tree: Mapping[str, Any], overrides: Iterable[str], where: str) -> Kind:
     if not isinstance(tree, Mapping):
         raise RecipeError("a recipe is a mapping of sections", where=where, fix="See recipes/mini.yaml.")
     merged = _copied(tree)
@@ -177,10 +211,15 @@ def recipe_from(tree: Mapping[str, Any], overrides: Iterable[str] = (), *, where
             _assign(merged, key.strip().split("."), yaml.safe_load(value), line)
         except yaml.YAMLError as error:
             raise RecipeError("the value is not YAML", where=f"--set {line}", fix="Quote it.") from error
+    return validated(kind, merged, where=where)
+
+
+def validated(model: type[Kind], tree: Any, *, where: str) -> Kind:
+    """`tree` as a recipe of this kind; raises `RecipeError` with the nearest known key."""
     try:
-        return Recipe.model_validate(merged)
+        return model.model_validate(tree)
     except ValidationError as error:
-        raise _explained(error, where) from error
+        raise _explained(error, where, model) from error
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -202,21 +241,20 @@ def _assign(tree: dict, keys: list[str], value: Any, line: str) -> None:
     tree[keys[-1]] = value
 
 
-def _explained(error: ValidationError, where: str) -> RecipeError:
+def _explained(error: ValidationError, where: str, model: type[Section]) -> RecipeError:
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
     name = ".".join(path)
     if first["type"] == "extra_forbidden":
-        known = _keys_beside(path)
+        known = _keys_beside(path, model)
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
         fix = f"Did you mean {'.'.join([*path[:-1], near[0]])!r}?" if near else f"Known keys: {', '.join(known)}."
         return RecipeError(f"unknown key {name!r}", where=where, fix=fix)
     return RecipeError(f"{name} = {first['input']!r}: {first['msg']}", where=where)
 
 
-def _keys_beside(path: list[str]) -> list[str]:
-    """The known keys of the section that holds the last part of `path`."""
-    model: type[BaseModel] = Recipe
+def _keys_beside(path: list[str], model: type[BaseModel]) -> list[str]:
+    """The known keys of the section of `model` that holds the last part of `path`."""
     for part in path[:-1]:
         annotation = model.model_fields[part].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]

@@ -34,12 +34,26 @@ class Condition:
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures of one size with their captions."""
+    """Pictures of one size with their captions; the pictures as images, as cached latents, or as both."""
 
-    images: Float[Tensor, "b 3 h w"]  # RGB in [-1, 1]
+    images: Float[Tensor, "b 3 h w"] | None  # RGB in [-1, 1]
     captions: tuple[str, ...]
     slots: Int[Tensor, " b"]  # global picture numbers: seeds of everything random about each picture
     sizes: Int[Tensor, "b 4"]  # original height, width, crop top, crop left, in pixels of the scaled picture
+    latents: Float[Tensor, "b c h2 w2"] | None = None  # scaled, as `DiffusionModel.encode_images` gives them
+    target: tuple[int, int] | None = None  # height, width of the pictures, where only latents are given
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        size = self.target if self.images is None else tuple(self.images.shape[-2:])
+        assert size is not None, "a batch of latents alone says its pictures' size"
+        return size
+
+    def rows(self, rows: slice) -> Batch:
+        """Some of the pictures."""
+        images, latents = (None if x is None else x[rows] for x in (self.images, self.latents))
+        return Batch(images, self.captions[rows], self.slots[rows], self.sizes[rows], latents, self.target)

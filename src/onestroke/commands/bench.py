@@ -123,6 +123,7 @@ class StepInputs:
     x_t: Tensor  # the teacher's input, b c h w
     t: Tensor
     x0: Tensor  # a clean picture in latents, b c h w
+    pixels: Tensor  # the same as the VAE decodes it, b 3 h w
     rollout: Rollout
 
 
@@ -130,23 +131,27 @@ def step_inputs(method: ADD, batch: Batch) -> StepInputs:
     """The inputs of each part for one batch, made as `ADD.rollout` makes them."""
     model, recipe = method.model, method.recipe
     images, slots = batch.images.to(model.device), batch.slots
-    size = (images.shape[-2], images.shape[-1])
     with torch.no_grad():
         rollout = method.rollout(batch, frozenset((STUDENT, DISCRIMINATOR)))
         x0 = model.encode_images(images)
-        condition = model.with_sizes(model.encode_prompts(batch.captions), batch.sizes.to(model.device), size)
+        condition = model.with_sizes(model.encode_prompts(batch.captions), batch.sizes.to(model.device),
+                                     batch.picture_size)  # fmt: skip
         steps = len(model.schedule)
         s = choose_timesteps(uniform(recipe.seed, "s", slots), recipe.student, num_train_timesteps=steps)
         t = teacher_timesteps(uniform(recipe.seed, "t", slots), recipe.teacher, num_train_timesteps=steps)
         eps = normal(x0.shape[1:], recipe.seed, "eps", slots).to(x0)
         x_s, x_t = model.schedule.student_input(x0, eps, s), model.schedule.add_noise(x0, eps, t.to(x0.device))
         blank = model.blank_prompts(condition)
-    return StepInputs(images, condition, blank, x_s, s.to(x0.device), x_t, t.to(x0.device), x0,
-                      _without_graph(rollout))  # fmt: skip
+        pixels = model.decode_latents(x0)
+    return StepInputs(images, condition, blank, x_s, s.to(x0.device), x_t, t.to(x0.device), x0, pixels,
+                      _without_graph(rollout, recipe))  # fmt: skip
 
 
-def _without_graph(rollout: Rollout) -> Rollout:
-    return replace(rollout, x0=rollout.x0.detach(), fake=[feature.detach() for feature in rollout.fake])
+def _without_graph(rollout: Rollout, recipe: Recipe) -> Rollout:
+    """As most steps have it: without R1 where that comes in every n-th only."""
+    gamma = recipe.losses.r1_gamma if recipe.losses.r1_every == 1 else 0.0
+    fake = [feature.detach() for feature in rollout.fake]
+    return replace(rollout, x0=rollout.x0.detach(), fake=fake, r1_gamma=gamma)
 
 
 Output = Tensor | list[Tensor]
@@ -171,17 +176,20 @@ def step_parts(trainer: Trainer, batch: Batch) -> dict[str, Part]:
             cast(lambda: method.student(inputs.x_s, inputs.s, inputs.condition)), trained=method.players[STUDENT].module
         ),
         MAIN_PARTS[1]: _both_ways_from(inputs.x0, method.model.decode_latents, cast),
-        MAIN_PARTS[2]: _both_ways_from(inputs.rollout.x0, method.features, cast),
+        MAIN_PARTS[2]: _both_ways_from(inputs.pixels, method.features, cast),
         MAIN_PARTS[3]: forward(lambda: _guided_target(method, inputs)),
         MAIN_PARTS[4]: _optimizer_part(trainer),
     }
+    decode = forward(lambda: method.model.decode_latents(inputs.x0))
+    decoded = {"decoding the real pictures": method.recipe.discriminator.real == "reconstructed",
+               "decoding the teacher's target": method.recipe.losses.distance == "pixel"}  # fmt: skip
     return main | {
         "encoding the real pictures": forward(lambda: method.model.encode_images(inputs.images)),
         "text encoders": forward(lambda: method.model.encode_prompts(batch.captions).text),
         "features of the real pictures": forward(lambda: method.features(inputs.images)),
-        "decoding the teacher's target": forward(lambda: method.model.decode_latents(inputs.x0)),
+        **{name: decode for name, is_done in decoded.items() if is_done},
         "heads for the student's loss": _heads_of_student(method, inputs, cast),
-        "heads for their own loss, with R1": _both_ways(
+        "heads for their own loss": _both_ways(
             cast(lambda: method.loss(DISCRIMINATOR, inputs.rollout).total), trained=method.heads
         ),
         "clipping of gradients": _clipping_part(trainer),
@@ -222,7 +230,7 @@ def _backward(output: Output) -> None:
 
 
 def _optimizer_part(trainer: Trainer) -> Part:
-    """Both players' Adam and the student's average. Zero gradients: as slow as any, and next to nothing is learned."""
+    """Both players' optimizers and the student's average. Zero gradients: as slow as any, and little is learned."""
 
     def run() -> None:
         for optimizer in trainer.optimizers.values():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -10,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from diffusers import DiffusionPipeline
-from PIL import ExifTags, Image
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image
 from rich.console import Console
 
 from onestroke import __version__
@@ -22,6 +20,7 @@ from onestroke.embedded import STUDENT, TEACHER
 from onestroke.embedded.vocabulary import unknown_words
 from onestroke.errors import RecipeError, ResourceError
 from onestroke.sample import draw
+from onestroke.serve.pictures import metadata_options
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
@@ -99,23 +98,11 @@ def save_picture(image: np.ndarray, out: Path, metadata: Mapping[str, str]) -> N
     temporary = out.with_name(f".{out.name}.partial")
     try:
         with temporary.open("wb") as file:
-            Image.fromarray(image).save(file, kind, **_options(kind, metadata))
+            Image.fromarray(image).save(file, kind, **metadata_options(kind, metadata))
         os.replace(temporary, out)
     except (OSError, ValueError) as error:  # Pillow's encoders raise ValueError for a picture that is too large
         temporary.unlink(missing_ok=True)
         raise _unwritable(out, error) from error
-
-
-def _options(kind: str, metadata: Mapping[str, str]) -> dict:
-    if kind == "PNG":
-        chunks = PngInfo()
-        for name, value in metadata.items():
-            chunks.add_itxt(name, value) if not value.isascii() else chunks.add_text(name, value)
-        return {"pnginfo": chunks}
-    exif = Image.Exif()
-    exif[ExifTags.Base.ImageDescription] = json.dumps(metadata)
-    exif[ExifTags.Base.Software] = metadata["software"]
-    return {"exif": exif.tobytes(), "quality": 95}
 
 
 def _unwritable(out: Path, error: Exception) -> ResourceError:

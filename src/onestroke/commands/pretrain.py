@@ -8,18 +8,25 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
-from onestroke.build import COMICSET_IMAGES
+from onestroke.build import COMICSET_IMAGES, device_of
 from onestroke.commands.progress import Display
 from onestroke.commands.quiet import cap_threads, quiet_libraries
+from onestroke.config import PretrainRecipe
 from onestroke.data.comicset.dataset import ComicSource
 from onestroke.data.folder import open_folder
 from onestroke.data.source import Source
-from onestroke.embedded.pretrain import PretrainRecipe, pretrain_judge, pretrain_teacher, pretrain_vae
-from onestroke.errors import DataError, RecipeError
-
-MULTIPLE = 16  # the VAE halves a picture three times, the UNet once more
+from onestroke.embedded.fit import Machine
+from onestroke.embedded.pretrain import (
+    adopt_vae,
+    pretrain_judge,
+    pretrain_latents,
+    pretrain_teacher,
+    pretrain_vae,
+)
+from onestroke.errors import DataError
 
 
 class OutOfTime(Exception):
@@ -28,26 +35,21 @@ class OutOfTime(Exception):
 
 def run_pretrain(
     data: Path | None,
-    size: int,
-    vae_images: int,
-    judge_images: int,
-    teacher_images: int,
+    recipe: PretrainRecipe,
     minutes: float | None,
     out: Path,
     *,
+    device: str = "auto",
     console: Console,
 ) -> None:
     """Train what is not trained yet, for `minutes` in all, and say what to do next."""
-    if size % MULTIPLE:
-        near = max(MULTIPLE, MULTIPLE * round(size / MULTIPLE))
-        raise RecipeError(f"{size} is not a multiple of {MULTIPLE}", where="--size", fix=f"Give {near}, for example.")
     quiet_libraries()
     cap_threads()
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-    recipe = PretrainRecipe(size=size, vae_images=vae_images, judge_images=judge_images, teacher_images=teacher_images)
-    source = pictures(data, size=size, console=console)
+    source = pictures(data, size=recipe.size, console=console)
+    machine = Machine(device_of(device), num_workers=max(1, torch.get_num_threads() - 1))
     try:
-        finished = _stages(source, recipe, out, deadline, console, with_judge=data is None)
+        finished = _stages(source, recipe, machine, out, deadline, console, with_judge=data is None)
     except OutOfTime:
         finished = False
     for line in closing_lines(out, data, finished=finished):
@@ -93,17 +95,28 @@ def closing_lines(out: Path, data: Path | None, *, finished: bool) -> list[str]:
 
 
 def _stages(
-    source: Source, recipe: PretrainRecipe, out: Path, deadline: float, console: Console, *, with_judge: bool
+    source: Source,
+    recipe: PretrainRecipe,
+    machine: Machine,
+    out: Path,
+    deadline: float,
+    console: Console,
+    *,
+    with_judge: bool,
 ) -> bool:
-    """VAE, judge, teacher; returns whether the last picture was reached. Raises OutOfTime."""
-    pretrain_vae(out, source, recipe, log=stage_log("vae", deadline, console))
+    """VAE, judge, latents, teacher; returns whether the last picture was reached. Raises OutOfTime."""
+    if recipe.start is not None:
+        adopt_vae(recipe.start, out)
+    pretrain_vae(out, source, recipe, machine, log=stage_log("vae", deadline, console))
     _check_time(deadline)
     if with_judge:
-        pretrain_judge(out, recipe, log=stage_log("judge", deadline, console))
+        pretrain_judge(out, recipe, machine, log=stage_log("judge", deadline, console))
         _check_time(deadline)
+    cache = pretrain_latents(out, source, recipe, machine, log=stage_log("latents", deadline, console))
+    _check_time(deadline)
     minutes = None if deadline == math.inf else (deadline - time.monotonic()) / 60
     with Display(console, recipe.teacher_images, "teacher") as observe:
-        return pretrain_teacher(out, source, recipe, minutes=minutes, observe=observe)
+        return pretrain_teacher(out, source, cache, recipe, machine, minutes=minutes, observe=observe)
 
 
 def _check_time(deadline: float) -> None:

@@ -54,7 +54,7 @@ class FolderSource:
     def __len__(self) -> int:
         return self.entries.num_rows
 
-    def caption(self, index: int) -> str:
+    def caption(self, index: int, *, slot: int | None = None) -> str:
         return self.entries["caption"][index].as_py()
 
     def read(self, index: int, *, slot: int | None = None) -> Picture:
@@ -82,7 +82,7 @@ def open_folder(path: str | Path, *, log: Callable[[str], None] = print) -> Fold
         raise DataError("no such folder", where=str(path), fix="Give the folder that holds the pictures")
     if not root.is_dir():
         raise DataError("not a folder", where=str(path), fix="Give the folder that holds the pictures or the tars")
-    names = sorted(_files_below(root), key=_natural)
+    names = sorted(_files_below(root), key=natural_key)
     images = [name for name in names if name.lower().endswith(IMAGE_TYPES)]
     tars = [name for name in names if name.lower().endswith(".tar")]
     if images and tars:
@@ -129,7 +129,7 @@ def _files_below(root: Path) -> Iterator[str]:
         visited.add(real)
 
 
-def _natural(name: str) -> tuple:
+def natural_key(name: str) -> tuple:
     """Sort key that puts page2 before page10."""
     parts = re.split(r"([0-9]+)", name)
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
@@ -146,10 +146,10 @@ def _captioned(root: Path, names: list[str], images: list[str]) -> Iterator[tupl
         raise DataError(f"several metadata files in one folder: {', '.join(pages)}", where=str(root), fix="Keep one")
     captions: dict[str, str | None] = {}
     for page in pages:
-        for file, caption in _metadata(root, page):
+        for file, caption in metadata_rows(root, page):
             captions[os.path.normpath(os.path.join(os.path.dirname(page), file))] = caption
     beside = {os.path.splitext(name)[0]: name for name in reversed(names) if name.lower().endswith(CAPTION_TYPES)}
-    for image in sorted({*images, *captions}, key=_natural):
+    for image in sorted({*images, *captions}, key=natural_key):
         caption = captions.get(image)
         page = beside.get(os.path.splitext(image)[0])
         yield _Entry(image, ""), _text(root / page) if caption is None and page else caption
@@ -162,7 +162,7 @@ def _text(path: Path) -> str:
         raise DataError("not UTF-8 text", where=str(path), fix="Save it as UTF-8") from error
 
 
-def _metadata(root: Path, page: str) -> Iterator[tuple[str, str | None]]:
+def metadata_rows(root: Path, page: str) -> Iterator[tuple[str, str | None]]:
     """File name and caption of each row of a metadata file."""
     path = root / page
     rows = {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}[path.suffix](path)
@@ -281,14 +281,14 @@ def decode(content: bytes, *, name: str) -> UInt8[np.ndarray, "h w 3"]:
             warnings.filterwarnings("ignore", category=UserWarning)  # odd metadata of a picture that is fine
             with Image.open(io.BytesIO(content)) as image:
                 image.load()
-                return np.array(_rgb(ImageOps.exif_transpose(image)))
+                return np.array(as_rgb(ImageOps.exif_transpose(image)))
     except Exception as error:  # PIL's decoders raise anything at all on damaged bytes
         if isinstance(error, Image.UnidentifiedImageError):
             raise BrokenPicture(name, "not a picture" if content else "empty file") from error
         raise BrokenPicture(name, " ".join(str(error).split()) or type(error).__name__) from error
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

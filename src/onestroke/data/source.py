@@ -53,8 +53,8 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def caption(self, index: int) -> str:
-        """The caption of picture `index`, without reading the picture."""
+    def caption(self, index: int, *, slot: int | None = None) -> str:
+        """The caption that `read` gives with the same `index` and `slot`, without reading the picture."""
         ...
 
     def read(self, index: int, *, slot: int | None = None) -> Picture:
@@ -248,16 +248,18 @@ def batches(
         num_workers=num_workers,
         prefetch_factor=4 if num_workers else None,
         collate_fn=list,  # numpy arrays travel through the queue; tensors would need room in /dev/shm
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=ignore_interrupt,
         generator=torch.Generator(),  # else the loader draws from the global one
     )
     return _collated(loader, broken)
 
 
-def _ignore_interrupt(_: int) -> None:
-    # Ctrl-C reaches the whole process group: the trainer decides when to stop, and its workers must outlive its saving.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def ignore_interrupt(_: int) -> None:
+    """For `worker_init_fn`."""
+    # Ctrl-C and a cluster's SIGTERM reach the whole process group: the trainer decides when to stop, and its workers
+    # must outlive its saving. They end with it: the loader tells them so, and they watch for its death.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _collated(loader: DataLoader, broken: Broken) -> Iterator[Batch]:

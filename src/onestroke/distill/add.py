@@ -42,6 +42,7 @@ class Rollout:
     c_text: Tensor | None
     c_img: Tensor | None
     has_image: Bool[Tensor, " b"]  # false where the student was given pure noise
+    r1_gamma: float  # 0 in the steps between those that have the penalty
 
 
 class ADD:
@@ -78,6 +79,7 @@ class ADD:
     def rollout(self, batch: Batch, due: frozenset[str]) -> Rollout:
         """One student prediction, decoded once; features and teacher target for the players that are due."""
         model, seed, slots = self.model, self.recipe.seed, batch.slots
+        assert batch.images is not None, "the discriminator looks at pictures"
         images = batch.images.to(model.device)
         with torch.no_grad():
             latents = model.encode_images(images)
@@ -89,14 +91,17 @@ class ADD:
         with torch.set_grad_enabled(STUDENT in due):
             x0 = self.student(x_s, s.to(model.device), condition)
             pixels = model.decode_latents(x0)
-            fake = self.features(pixels)
+            fake = self.features(self._part(pixels, slots, "fake crop"))
         target = self._target(x0, condition, batch) if STUDENT in due and self.recipe.losses.distill_weight else None
         with torch.no_grad():
-            real, c_img = self._seen(images, due)
+            is_decoded = self.recipe.discriminator.real == "reconstructed"
+            shown = model.decode_latents(latents) if is_decoded else images
+            real, c_img = self._seen(self._part(shown, slots, "real crop"), due)
             c_text = self.embed_text(batch.captions, condition) if self.heads.uses_text else None
         has_image = (s != len(model.schedule) - 1).to(model.device)
         distance = self.recipe.losses.distance
-        return Rollout(pixels if distance == "pixel" else x0, fake, real, target, c_text, c_img, has_image)
+        compared = pixels if distance == "pixel" else x0
+        return Rollout(compared, fake, real, target, c_text, c_img, has_image, self._r1_gamma(batch))
 
     def loss(self, player: str, rollout: Rollout) -> Loss:
         return self._student_loss(rollout) if player == STUDENT else self._discriminator_loss(rollout)
@@ -106,6 +111,25 @@ class ADD:
         if DISCRIMINATOR in due:
             self.heads.advance_spectral_norm()
 
+    def _part(self, images: Tensor, slots: Tensor, stream: str) -> Tensor:
+        """The part of each picture that the feature network is shown."""
+        share = self.recipe.discriminator.crop
+        if share == 1:
+            return images
+        height, width = (max(1, round(share * side)) for side in images.shape[-2:])
+        tops, lefts = (
+            (uniform(self.recipe.seed, f"{stream} {axis}", slots) * (room + 1)).long().tolist()
+            for axis, room in (("top", images.shape[-2] - height), ("left", images.shape[-1] - width))
+        )
+        parts = [image[:, y : y + height, x : x + width] for image, y, x in zip(images, tops, lefts, strict=True)]
+        return torch.stack(parts).contiguous(memory_format=torch.channels_last)
+
+    def _r1_gamma(self, batch: Batch) -> float:
+        """The penalty's weight in this step, which the batch's slots number whatever part of it this is."""
+        losses = self.recipe.losses
+        step = int(batch.slots.min()) // self.recipe.train.batch_size
+        return losses.r1_gamma * losses.r1_every if step % losses.r1_every == 0 else 0.0
+
     def _seen(self, images: Tensor, due: frozenset[str]) -> tuple[list[Tensor] | None, Tensor | None]:
         """Features of the real pictures, if the discriminator is due, and their embedding, if heads are given it."""
         wanted, embedded = DISCRIMINATOR in due, self.heads.uses_image
@@ -114,8 +138,8 @@ class ADD:
         return self.features(images) if wanted else None, self.embed_image(images) if embedded else None
 
     def _condition(self, batch: Batch) -> Condition:
-        size = (batch.images.shape[-2], batch.images.shape[-1])
-        return self.model.with_sizes(self.model.encode_prompts(batch.captions), batch.sizes.to(self.model.device), size)
+        sizes = batch.sizes.to(self.model.device)
+        return self.model.with_sizes(self.model.encode_prompts(batch.captions), sizes, batch.picture_size)
 
     def _target(self, x0: Tensor, condition: Condition, batch: Batch) -> Target:
         """The teacher's picture of the student's, in the space of the distance."""
@@ -154,7 +178,7 @@ class ADD:
 
     def _discriminator_loss(self, rollout: Rollout) -> Loss:
         """Hinge loss plus R1 on each head's input features of real pictures (eq. 3)."""
-        gamma = self.recipe.losses.r1_gamma
+        gamma = rollout.r1_gamma
         real_features = r1_features(rollout.real) if gamma else rollout.real
         conditions = (rollout.c_text, rollout.c_img, rollout.has_image)
         real = self.heads(real_features, *conditions)

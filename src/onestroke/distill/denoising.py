@@ -38,16 +38,21 @@ class Denoising:
         """Noised latents, the target, timesteps and the condition with some captions dropped."""
         model, seed = self.model, self.settings.seed
         device = model.device
-        with torch.no_grad():
-            x0 = model.encode_images(batch.images.to(device))
+        x0 = self._latents(batch)
         t = (stratified(seed, "t", batch.slots) * len(model.schedule)).long()
         eps = normal(x0.shape[1:], seed, "eps", batch.slots).to(device)
         x_t = model.schedule.add_noise(x0, eps, t)
         target = model.schedule.target(x0, eps, t, model.prediction_type)
-        size = tuple(batch.images.shape[-2:])
-        condition = model.with_sizes(model.encode_prompts(batch.captions), batch.sizes, size)
+        condition = model.with_sizes(model.encode_prompts(batch.captions), batch.sizes, batch.picture_size)
         keep = (uniform(seed, "blank", batch.slots) >= self.settings.blank_share).to(device)
         return x_t, target, t.to(device), _masked(condition, model.blank_prompts(condition), keep)
+
+    @torch.no_grad()
+    def _latents(self, batch: Batch) -> Tensor:
+        if batch.latents is not None:
+            return batch.latents.to(self.model.device)
+        assert batch.images is not None, "a batch holds images or latents"
+        return self.model.encode_images(batch.images.to(self.model.device))
 
     def loss(self, player: str, rollout: tuple[Tensor, Tensor, Tensor, Condition]) -> Loss:
         """Mean squared error of the network's output, uniform over timesteps."""

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from onestroke.distill.features import FeatureNetwork, load_features
-from onestroke.embedded.fit import ImagesAt, fit, stack_images
+from onestroke.embedded.fit import ImagesAt, Machine, fit, stack_images
 
 LATENT_CHANNELS = 8  # 4, as in SDXL, lost mouths and mixed up colours after equal training
 
@@ -73,12 +73,20 @@ def perceptual_distance(features: FeatureNetwork, one: Tensor, two: Tensor) -> T
 
 
 def train_autoencoder(
-    out: Path, images_at: ImagesAt, recipe: AutoencoderRecipe = AutoencoderRecipe(), *, log=print
+    out: Path,
+    images_at: ImagesAt,
+    recipe: AutoencoderRecipe = AutoencoderRecipe(),
+    *,
+    machine: Machine = Machine(),
+    log=print,
 ) -> AutoencoderKL:
-    """Train on `images_at(index) -> uint8 h w 3`; resumes from the checkpoint in `out`. Its latents end normalised."""
+    """Train on `images_at(index) -> uint8 h w 3`; resumes from the checkpoint in `out`. Its latents end normalised.
+
+    The VAE comes back on the CPU.
+    """
     torch.manual_seed(0)
-    vae = build_autoencoder().to(memory_format=torch.channels_last)
-    features = load_features("efficientnet-lite0")
+    vae = build_autoencoder().to(machine.device, memory_format=torch.channels_last)
+    features = load_features("efficientnet-lite0").to(machine.device)
 
     def perceptual(decoded: Tensor, images: Tensor) -> Tensor:
         return recipe.perceptual_weight * perceptual_distance(features, decoded, images)
@@ -86,7 +94,7 @@ def train_autoencoder(
     def loss(images: Tensor, indices: Tensor, generator: torch.Generator) -> Tensor:
         side = images.shape[-1] // 8
         noise = torch.randn(len(images), LATENT_CHANNELS, side, side, generator=generator)
-        return autoencoder_loss(vae, images, noise, kl_weight=recipe.kl_weight, perceptual=perceptual)
+        return autoencoder_loss(vae, images, noise.to(images), kl_weight=recipe.kl_weight, perceptual=perceptual)
 
     fit(
         vae,
@@ -96,8 +104,10 @@ def train_autoencoder(
         num_images=recipe.num_images,
         batch_size=recipe.batch_size,
         learning_rate=recipe.learning_rate,
+        num_workers=machine.num_workers,
         log=log,
     )
+    vae.cpu()
     normalise_latents(vae, [stack_images(map(images_at, range(n, n + 32))) for n in range(0, 512, 32)])
     return vae
 

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from onestroke.train.method import OptimizerSettings
+from onestroke.train.optimizers import build_optimizer
+
 ImagesAt = Callable[[int], np.ndarray]  # index -> uint8 h w 3
+
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where to train, and how many processes draw or read the pictures; neither changes what is learnt."""
+
+    device: torch.device = CPU
+    num_workers: int = 1
 
 
 def stack_images(pictures: Iterable[np.ndarray]) -> Tensor:
@@ -54,28 +69,32 @@ def fit(
     batch_size: int,
     learning_rate: float,
     weight_decay: float = 1e-4,
+    optimizer_kind: str = "adamw",
+    num_workers: int = 1,
     log: Callable[[str], None] = print,
     checkpoint_every: int = 100,
 ) -> nn.Module:
     """Train `model` in place on pictures 0 .. num_images; ends with its weights averaged (EMA, decay 0.995).
 
-    `loss_of(images, indices, generator)`: images b 3 h w in [-1, 1]; the generator is seeded from the position.
+    `loss_of(images, indices, generator)`: images b 3 h w in [-1, 1] on the model's device; the generator, a CPU's, is
+    seeded from the position.
     A checkpoint in `out` is continued and ends in the same weights.
     """
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "training.pt"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay)
+    path, device = out / "training.pt", next(model.parameters()).device
+    settings = OptimizerSettings(learning_rate, optimizer_kind, (0.9, 0.99), weight_decay=weight_decay)
+    optimizer = build_optimizer(model, settings)
     average = [parameter.detach().clone() for parameter in model.parameters()]
     done = 0
     if path.exists():
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location=device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         average, done = state["average"], state["done"]
     loader = DataLoader(
         _Pictures(images_at, done, num_images - num_images % batch_size),
         batch_size,
-        num_workers=1,
+        num_workers=num_workers,
         collate_fn=_collate,
         prefetch_factor=8,
     )
@@ -85,8 +104,8 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(done / num_images, learning_rate)
         generator = torch.Generator().manual_seed(done)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of(images, indices, generator)
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = loss_of(images.to(device), indices, generator)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

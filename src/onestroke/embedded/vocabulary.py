@@ -29,6 +29,23 @@ def unknown_words(prompt: str) -> list[str]:
     return [word for word in dict.fromkeys(words_in(prompt)) if word not in known_words()]
 
 
+@cache
+def completions() -> tuple[str, ...]:
+    """Whole phrases that captions hold, sorted: "round glasses", "pink hair", "a yellow background" ..."""
+    found: set[str] = set()
+    for style in map(load_style, STYLE_NAMES):
+        found |= set(style.phrases)
+        colors = [value.name for a in style.attributes if a.name == "hair color" for value in a.values]
+        for attribute in style.attributes:
+            if attribute.name == "hair color":
+                found |= {f"{color} hair" for color in colors}
+                continue
+            for phrase in (phrase for value in attribute.values for phrase in value.phrases):
+                tinted = [phrase.replace("{color}", color) for color in colors] if "{color}" in phrase else [phrase]
+                found |= {" ".join(text.split()) for text in tinted}
+    return tuple(sorted(found))
+
+
 def _phrases() -> Iterator[str]:
     yield from (*FUNCTION_WORDS, *NOUNS, *OPENINGS, *(phrase.replace("{}", "") for phrase in BACKGROUNDS))
     for style in map(load_style, STYLE_NAMES):

@@ -13,14 +13,16 @@ from onestroke.types import Batch
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Adam, with a warm-up and then a constant or cosine learning rate over the run."""
+    """AdamW or Muon, with a warm-up and then a constant, cosine or late linear learning rate over the run."""
 
     learning_rate: float
+    kind: str = "adamw"  # adamw | muon: orthogonalised momentum for the matrices, AdamW for the rest
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
     warmup_images: int = 0
-    decay: str = "constant"  # constant | cosine: to a tenth of the peak at the run's last picture
+    decay: str = "constant"  # constant | cosine: to a tenth of the peak at the run's last picture | linear: over its
+    # last 40%, to a fiftieth
     max_grad_norm: float | None = 1.0
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from onestroke.errors import NonFiniteLoss
 from onestroke.train.method import Method, OptimizerSettings, Player
+from onestroke.train.optimizers import build_optimizer
 from onestroke.types import Batch
 
 
@@ -43,7 +44,9 @@ class Trainer:
     def __init__(self, method: Method, settings: TrainSettings) -> None:
         self.method, self.settings = method, settings
         self.step = self.images = self.first_images = 0
-        self.optimizers = {name: _optimizer(player) for name, player in method.players.items()}
+        self.optimizers = {
+            name: build_optimizer(player.module, player.optimizer) for name, player in method.players.items()
+        }
         self.averages = {
             name: deepcopy(player.module).requires_grad_(False)
             for name, player in method.players.items()
@@ -138,11 +141,13 @@ class Trainer:
 
 
 def learning_rate(settings: OptimizerSettings, images: int, num_images: int) -> float:
-    """The rate after `images` pictures: linear warm-up, then constant, or a cosine to a tenth of the peak."""
+    """The rate after `images` pictures: linear warm-up, then as `settings.decay` says."""
     warm = min(1.0, images / settings.warmup_images) if settings.warmup_images else 1.0
     if settings.decay == "constant":
         return settings.learning_rate * warm
     progress = min(1.0, images / num_images)
+    if settings.decay == "linear":
+        return settings.learning_rate * warm * min(1.0, max(0.02, (1 - progress) / 0.4))
     return settings.learning_rate * warm * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
@@ -158,11 +163,6 @@ def _average(average: nn.Module, module: nn.Module, decay: float) -> None:
         mean.copy_(value)
 
 
-def _optimizer(player: Player) -> torch.optim.Optimizer:
-    s = player.optimizer
-    return torch.optim.AdamW(player.module.parameters(), s.learning_rate, s.betas, s.eps, s.weight_decay)
-
-
 def _clip(player: Player) -> float:
     limit = player.optimizer.max_grad_norm or math.inf
     return nn.utils.clip_grad_norm_(player.module.parameters(), limit).item()
@@ -172,8 +172,7 @@ def _micro_batches(batch: Batch, size: int | None) -> Iterator[tuple[Batch, floa
     """Parts of at most `size` pictures, each with its share of the batch."""
     size = size or len(batch)
     for first in range(0, len(batch), size):
-        rows = slice(first, first + size)
-        part = Batch(batch.images[rows], batch.captions[rows], batch.slots[rows], batch.sizes[rows])
+        part = batch.rows(slice(first, first + size))
         yield part, len(part) / len(batch)
 
 

@@ -48,8 +48,8 @@ class ComicSource:
     def character(self, index: int) -> Character:
         return draw_character(index, split=self.split, seed=self.seed)
 
-    def caption(self, index: int) -> str:
-        return self.described(index).text
+    def caption(self, index: int, *, slot: int | None = None) -> str:
+        return self.described(index, slot=slot).text
 
     def described(self, index: int, *, slot: int | None = None) -> Caption:
         """The caption of picture `index` and what it names, not drawing it: its own, or the one that `slot` reads."""

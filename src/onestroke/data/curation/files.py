@@ -1,0 +1,53 @@
+"""Files that appear whole or not at all, and one owner a folder."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from onestroke.errors import DataError, ResourceError
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A file to write, beside `path` and hidden; it takes that name once it has reached the disk.
+
+    Whatever goes wrong, `path` stays as it was. Raises ResourceError where the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            fix = "Make room and run it again: it goes on where it stopped"
+            raise ResourceError("no room left on the disk", where=str(path), fix=fix) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """What a killed run left half-written."""
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+@contextmanager
+def sole_owner(folder: Path) -> Iterator[None]:
+    """Refuse a second run in the same folder at the same time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(
+                "another run is writing to this folder", where=str(folder), fix="Wait for it, or give another --out"
+            ) from error
+        yield
