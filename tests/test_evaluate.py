@@ -317,6 +317,13 @@ def test_what_there_are_too_few_pictures_for_says_how_many_it_needs(tmp_path):
     assert not outcome.passed and "not measured" in outcome.line and "12 prompts" in outcome.line
 
 
+def test_with_fewer_than_ten_prompts_nothing_is_measured_but_failures(tmp_path):
+    findings = find(task_of(tmp_path, count=9), colour_looking())
+    assert {m.key for m in findings.measured} == {"failed"}
+    assert any(one.name == "everything" and "Take 10 at least" in one.fix for one in findings.missing)
+    assert "Take 10 at least" in report_html(report_of(findings, colour_looking(), title="t", summary="s"))
+
+
 def test_measures_are_grouped_by_the_columns_of_the_prompts(tmp_path):
     def loud_in_ink(prompts, seeds):
         pictures = paint(prompts, seeds).astype(float)
@@ -460,10 +467,10 @@ def test_scores_are_those_of_transformers_clip_model(tmp_path):
     with torch.no_grad():
         output = model(**processor(list(pictures), return_tensors="pt"), input_ids=words.input_ids)
     scaled = output.logits_per_image.numpy()
-    for name, scale in (("clip-score", float(model.logit_scale.exp())), ("pickscore", 1.0), ("hpsv2", None)):
+    for name, scale in (("clip-score", model.logit_scale.exp().item()), ("pickscore", 1.0), ("hpsv2", None)):
         scorer = load_observer(name, SCORERS, weights={name: str(tmp_path)}, device=CPU)
         rows = scorer.split(scorer.observe(pictures, prompts))
-        expected = scaled / (scale or float(model.logit_scale.exp()))
+        expected = scaled / (scale or model.logit_scale.exp().item())
         # PIL rounds resized pixels to whole levels
         np.testing.assert_allclose(rows[name][:, 0], expected.diagonal(), atol=0.01 * np.abs(expected).max())
         np.testing.assert_allclose(
@@ -748,13 +755,13 @@ def drawn_by_the_shipped_student(cache: PictureCache):
 def drawn_by_a_perfect_model(cache: PictureCache):
     """Real pictures of the prompts, which the seed moves and mirrors: no later weights draw better."""
     prompts, source = comic_prompts(NUM_PICTURES), comic_pictures(NUM_PICTURES, odd=False, label="").source
-    place = {prompt: i for i, prompt in enumerate(prompts.texts)}
+    real = {prompt: source.read(2 * i).image for i, prompt in enumerate(prompts.texts)}
 
     def look_up(prompts, seeds):
         pictures = []
         for prompt, seed in zip(prompts, seeds, strict=True):
             rng = np.random.default_rng(seed)
-            moved = np.roll(source.read(2 * place[prompt]).image, rng.integers(-9, 10, 2), axis=(0, 1))
+            moved = np.roll(real[prompt], rng.integers(-9, 10, 2), axis=(0, 1))
             pictures.append(moved[:, ::-1] if rng.random() < 0.5 else moved)
         return np.stack(pictures)
 

@@ -128,7 +128,8 @@ MEASURES: Mapping[str, Measure] = {
         HIDDEN, "Periodic grid",
         "What a model's pictures repeat at a fixed distance and the teacher's do not, in grey levels of 255. A student "
         "that games its discriminator leaves such a pattern.",
-        alarm=(None, 1.0), alarm_says="a periodic grid over its pictures",
+        # lines some five levels deep; heads that a student draws in one place leave about one
+        alarm=(None, 2.0), alarm_says="a periodic grid over its pictures",
     ),
     "style_spread": Measure(
         STEADY, "Style spread",

@@ -36,6 +36,7 @@ from onestroke.evaluate.scored import Networks, Scored
 from onestroke.evaluate.scorers import OTHER
 
 NEEDED = 2 * NUM_BLOCKS  # prompts that an interval of a set needs
+NEEDED_BY_SCORES = 10  # fewer resampled prompts give intervals that are too narrow
 MOST_NEIGHBOURS = 10_000  # pictures of each set in precision, recall, density and coverage: their cost is the square
 REFERENCE = ""  # the label under which the reference's features stand beside those of the sets
 LOOKS = ("saturation", "contrast", "sharpness")
@@ -85,8 +86,9 @@ def _measure(
 ) -> tuple[list[Measured], list[Missing]]:
     groups, found, missing = collected.groups, [], []
     num_prompts = int(groups.max()) + 1 if len(groups) else 0
-    if num_prompts < 2:
-        return [], [Missing("everything", f"{num_prompts} prompts are too few", "Take 2 prompts at least.")]
+    if num_prompts < NEEDED_BY_SCORES:
+        why = f"{num_prompts} prompts are too few"
+        return [], [Missing("everything", why, f"Take {NEEDED_BY_SCORES} at least, better 1,000: --num-images 1000.")]
     found += _scores(collected, scored)
     if num_prompts < NEEDED:
         return found, [_too_few("set distances, looks and every ratio", num_prompts)]
