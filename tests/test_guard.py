@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import socket
 
 import pytest
 import torch
+import uvicorn
+from rich.console import Console
 from starlette.websockets import WebSocketDisconnect
 
 from onestroke.cli import app as command_line
+from onestroke.commands import serve
 from onestroke.commands.serve import Address, listen
 from onestroke.errors import RecipeError, ResourceError
 from onestroke.serve.app import build_app
 from onestroke.serve.guard import Rules, check_token, is_local, name_of, same_origin
 from onestroke.serve.page import studio_files
-from tests.servers import Scribe, client_of
+from tests.servers import Scribe, client_of, client_to
 
 torch.set_num_threads(1)
 TOKEN = "a-token-of-more-than-16"
@@ -163,3 +167,26 @@ def test_every_answer_forbids_foreign_script_and_frames():
 
 def test_without_the_studio_there_is_no_page():
     assert not any(getattr(route, "path", "") == "/" for route in build_app([Scribe()]).routes)
+
+
+def test_the_studio_command_serves_what_it_prints(monkeypatch):
+    monkeypatch.setattr(serve, "drawer_of", lambda model, **settings: Scribe(model))
+    monkeypatch.setattr(serve, "cap_threads", lambda: None)
+    seen = {}
+
+    def run(server, sockets):
+        seen.update(app=server.config.app, port=sockets[0].getsockname()[1], ws_max_size=server.config.ws_max_size)
+
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    console = Console(file=io.StringIO(), width=200)
+    address = Address("127.0.0.1", 0, ("draw.example",), TOKEN)
+    serve.run_serve(
+        "embedded", "embedded-teacher", address,
+        wait_ms=2.0, max_batch=16, max_queue=128, with_page=True, console=console,
+    )  # fmt: skip
+    assert f"http://draw.example:{seen['port']}/#token={TOKEN}" in console.file.getvalue()
+    assert seen["ws_max_size"] == 8 * 2**20
+    with client_to(seen["app"], headers=GOOD | {"host": f"draw.example:{seen['port']}"}) as client:
+        assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["embedded", "embedded-teacher"]
+        assert client.get("/").status_code == 200
+        assert client.get("/v1/models", headers={"authorization": "none"}).status_code == 401

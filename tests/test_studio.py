@@ -190,7 +190,7 @@ def export(page, project: dict, tmp_path) -> None:
     panels = json.loads(image.text["onestroke"])["panels"]
     expected = project["panels"][1]
     assert {name: panels[1][name] for name in ("prompt", "seed", "steps")}.items() <= expected.items()
-    assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 20  # frames, pictures, letters
+    assert len(image.convert("RGB").getcolors(2**24)) > 20  # frames, pictures, letters
 
 
 def test_a_strangers_file_runs_nothing(browser):
