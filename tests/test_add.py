@@ -346,6 +346,14 @@ def test_a_lazy_r1_comes_every_nth_step_n_times_as_strong_whatever_the_micro_bat
                 assert terms["r1"].item() == pytest.approx(penalty, rel=1e-9)
 
 
+def test_a_lazy_r1_counts_the_heads_own_steps():
+    """Heads due in steps 0, 2, 4, 6: the penalty comes in every second of those."""
+    method = tiny_add("losses.r1_every=2", "discriminator_optimizer.every=2")
+    method.heads = LinearHeads((8, 16))
+    found = [method.rollout(tiny_batch(2, first=4 * step), BOTH).r1_gamma for step in (0, 2, 4, 6)]
+    assert found == [2e-5, 0.0, 2e-5, 0.0]
+
+
 def test_real_pictures_can_be_shown_as_the_vae_decodes_them():
     batch = tiny_batch(2)
     shown = {kind: tiny_add(f"discriminator.real={kind}").rollout(batch, BOTH) for kind in ("data", "reconstructed")}

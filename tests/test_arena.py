@@ -15,7 +15,7 @@ from onestroke import cli
 from onestroke.arena import pairs as arena_pairs
 from onestroke.arena import server
 from onestroke.arena.order import make_trials
-from onestroke.arena.pairs import Contestant, Pair, draw_pairs, read_prompts, stamp_of
+from onestroke.arena.pairs import Contestant, Pair, draw_pairs, stamp_of
 from onestroke.arena.server import create_app
 from onestroke.arena.session import Session
 from onestroke.arena.votes import VoteLog, read_votes
@@ -286,16 +286,16 @@ def test_a_model_is_not_compared_with_itself(tmp_path):
 def test_prompts_that_cannot_be_used_are_told(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffa fox\r\n\n  a café \n".encode())
-    assert read_prompts(path) == ["a fox", "a café"]
+    assert arena.prompts_of(path, None, "t") == ["a fox", "a café"]
     assert arena.prompts_of(path, 1, "t") == ["a fox"]
     with pytest.raises(DataError, match="2 prompts where 3"):
         arena.prompts_of(path, 3, "t")
-    for content, reason in ((b" \n", "no prompt"), (b"caf\xe9\n", "not UTF-8 .byte 3")):
+    for content, reason in ((b" \n", "no prompt"), (b"caf\xe9\n", "not UTF-8 text .byte 3")):
         path.write_bytes(content)
         with pytest.raises(DataError, match=reason):
-            read_prompts(path)
+            arena.prompts_of(path, None, "t")
     with pytest.raises(DataError, match="cannot be read"):
-        read_prompts(tmp_path / "none")
+        arena.prompts_of(tmp_path / "none.txt", None, "t")
     with pytest.raises(RecipeError, match="--prompts"):
         arena.prompts_of(None, None, "some/teacher")
     assert len(set(arena.prompts_of(None, 3, "embedded-teacher"))) == 3

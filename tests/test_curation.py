@@ -27,7 +27,7 @@ from onestroke.data.curation.inspection import contact_sheet, described, inspect
 from onestroke.data.curation.listing import list_source, read_bytes
 from onestroke.data.curation.recipe import CurationRecipe
 from onestroke.data.curation.run import curate
-from onestroke.errors import DataError, RecipeError, ResourceError
+from onestroke.errors import CheckpointError, DataError, RecipeError, ResourceError
 
 torch.set_num_threads(1)
 
@@ -214,7 +214,7 @@ def test_a_second_run_into_the_folder_is_refused(heap, tmp_path):
     (tmp_path / "out").mkdir()
     with (tmp_path / "out" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(DataError, match="another run is writing"):
+        with pytest.raises(CheckpointError, match="another run is writing"):
             run_quietly(heap, tmp_path / "out")
 
 

@@ -6,7 +6,7 @@ import torch
 
 from onestroke.data.latents import cache_latents, latent_batches
 from onestroke.data.source import BrokenPicture, Picture, batches
-from onestroke.errors import DataError
+from onestroke.errors import DataError, ResourceError
 
 
 class Squares:
@@ -83,3 +83,23 @@ def test_latents_of_another_vae_are_refused(tmp_path):
     cached(tmp_path, Squares(3), Encoder())
     with pytest.raises(DataError, match="another VAE"):
         cached(tmp_path, Squares(3), Encoder(), made_by="b")
+
+
+def test_latents_of_other_pictures_are_refused(tmp_path):
+    class Renamed(Squares):
+        def caption(self, index: int, *, slot: int | None = None) -> str:
+            return f"another picture {index}"
+
+    cached(tmp_path, Squares(3), Encoder())
+    with pytest.raises(DataError, match="other pictures"):
+        cached(tmp_path, Renamed(3), Encoder())
+
+
+def test_a_full_disk_is_told_and_leaves_no_half_shard(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("onestroke.data.latents.save_file", full)
+    with pytest.raises(ResourceError, match="Free disk space"):
+        cached(tmp_path, Squares(3), Encoder())
+    assert not list(tmp_path.iterdir())

@@ -116,13 +116,17 @@ def copied(state: dict) -> dict:
 # --- arithmetic -------------------------------------------------------------------------------------------------------
 
 
-def test_learning_rate_warms_up_and_then_stays_or_falls_to_a_tenth():
+def test_learning_rate_warms_up_and_then_stays_or_falls():
     constant = OptimizerSettings(0.5, warmup_images=100)
     assert [learning_rate(constant, n, 1000) for n in (25, 50, 100, 1000)] == [0.125, 0.25, 0.5, 0.5]
     cosine = OptimizerSettings(0.5, decay="cosine")
     # 0.1 + 0.9 * (1 + cos(pi * p)) / 2 at p = 0, 1/3, 1/2, 1 and beyond
     expected = [0.5, 0.5 * (0.1 + 0.9 * 0.75), 0.5 * 0.55, 0.05, 0.05]
     assert [learning_rate(cosine, n, 900) for n in (0, 300, 450, 900, 1200)] == pytest.approx(expected)
+    linear = OptimizerSettings(0.5, decay="linear")  # whole until 60%, then straight down, to a fiftieth
+    assert [learning_rate(linear, n, 1000) for n in (0, 600, 800, 990, 1000)] == pytest.approx(
+        [0.5, 0.5, 0.25, 0.0125, 0.01]
+    )
     both = OptimizerSettings(0.5, decay="cosine", warmup_images=900)
     assert learning_rate(both, 450, 900) == pytest.approx(0.5 * 0.5 * 0.55)
 

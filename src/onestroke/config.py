@@ -108,7 +108,7 @@ class LossRecipe(Section):
     weighting: Literal["exponential", "sds", "nfsd"] = "exponential"  # c(t)
     distance: Literal["pixel", "latent"] = "pixel"
     r1_gamma: float = Field(1e-5, ge=0)
-    r1_every: int = Field(1, ge=1)  # in every n-th step, n times as strong (arXiv 1912.04958, section 3.1)
+    r1_every: int = Field(1, ge=1)  # in every n-th step of the heads, n times as strong (arXiv 1912.04958, section 3.1)
 
 
 class DataRecipe(Section):

@@ -13,7 +13,7 @@ import numpy as np
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from onestroke.errors import DataError, RecipeError, ResourceError
+from onestroke.errors import RecipeError, ResourceError
 from onestroke.sample import draw
 
 CHUNK = 16  # pictures between two writes
@@ -41,22 +41,6 @@ class Pair:
     prompt: str
     seed: int
     pictures: tuple[Path, Path]
-
-
-def read_prompts(path: Path) -> list[str]:
-    """One prompt a line, empty lines left out. Raises DataError for a file that is missing, empty or not UTF-8."""
-    try:
-        lines = path.read_text("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"this is not UTF-8 (byte {error.start})", where=str(path), fix="Save the file as UTF-8 text."
-        ) from error
-    except OSError as error:
-        raise DataError(f"the prompts cannot be read ({error.strerror})", where=str(path)) from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise DataError("there is no prompt in this file", where=str(path), fix="Write one prompt a line.")
-    return prompts
 
 
 def stamp_of(folder: Path) -> str:

@@ -11,13 +11,14 @@ from rich.console import Console
 
 from onestroke.api import load
 from onestroke.arena.order import make_trials
-from onestroke.arena.pairs import Contestant, Pair, draw_pairs, read_prompts, stamp_of
+from onestroke.arena.pairs import Contestant, Pair, draw_pairs, stamp_of
 from onestroke.arena.votes import VoteLog, read_votes
 from onestroke.build import device_of
 from onestroke.commands.quiet import cap_threads, quiet_libraries
 from onestroke.embedded import GUIDANCE, STUDENT, TEACHER, weights_folder
 from onestroke.embedded.held_out import comic_prompts
 from onestroke.errors import DataError, RecipeError, ResourceError
+from onestroke.evaluate.prompts import read_prompts
 
 NUM_PROMPTS = 50  # of the embedded held-out prompts, where no file is given
 PACKAGES = ("evalica", "fastapi", "uvicorn")  # of the extra
@@ -105,7 +106,7 @@ def contestants_of(
 def prompts_of(path: Path | None, count: int | None, teacher: str) -> list[str]:
     """The first `count` prompts of the file, all without a count; the embedded held-out ones without a file."""
     if path is not None:
-        found = read_prompts(path)
+        found = list(read_prompts(path).texts)
         if count is not None and count > len(found):
             raise DataError(
                 f"{len(found)} prompts where {count} are asked for", where=str(path), fix="Lower --num-prompts."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import os
@@ -16,11 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as parquet
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from onestroke.data.source import BrokenPicture, Picture
+from onestroke.data.tables import rows_of, text_of
 from onestroke.errors import DataError
 
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -152,20 +151,13 @@ def _captioned(root: Path, names: list[str], images: list[str]) -> Iterator[tupl
     for image in sorted({*images, *captions}, key=natural_key):
         caption = captions.get(image)
         page = beside.get(os.path.splitext(image)[0])
-        yield _Entry(image, ""), _text(root / page) if caption is None and page else caption
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError("not UTF-8 text", where=str(path), fix="Save it as UTF-8") from error
+        yield _Entry(image, ""), text_of(root / page) if caption is None and page else caption
 
 
 def metadata_rows(root: Path, page: str) -> Iterator[tuple[str, str | None]]:
     """File name and caption of each row of a metadata file."""
     path = root / page
-    rows = {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}[path.suffix](path)
+    rows = rows_of(path, ("file_name", *CAPTION_COLUMNS))
     columns = {name for row in rows for name in row}
     column = next((name for name in CAPTION_COLUMNS if name in columns), None)
     if rows and ("file_name" not in columns or column is None):
@@ -177,36 +169,6 @@ def metadata_rows(root: Path, page: str) -> Iterator[tuple[str, str | None]]:
         if not isinstance(file, str) or not isinstance(caption, str | None):
             raise DataError(f"row {number}: {column} or file_name is not text", where=str(path), fix="Correct that row")
         yield file, caption
-
-
-def _json_rows(path: Path) -> list[dict]:
-    rows = []
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"line {number} is not JSON", where=str(path), fix="Correct that line") from error
-        if not isinstance(row, dict):
-            raise DataError(f"line {number} is not an object", where=str(path), fix="Write one {...} on each line")
-        rows.append(row)
-    return rows
-
-
-def _csv_rows(path: Path) -> list[dict]:
-    try:
-        return list(csv.DictReader(io.StringIO(_text(path))))
-    except csv.Error as error:
-        raise DataError(f"not CSV: {error}", where=str(path), fix="Save it as comma-separated UTF-8") from error
-
-
-def _parquet_rows(path: Path) -> list[dict]:
-    try:
-        wanted = [name for name in parquet.read_schema(path).names if name in ("file_name", *CAPTION_COLUMNS)]
-        return parquet.read_table(path, columns=wanted).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError("cannot be read as Parquet", where=str(path), fix="Write the file again") from error
 
 
 # Tar shards

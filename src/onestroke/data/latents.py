@@ -5,6 +5,7 @@ A shard is one safetensors file, written whole or not at all; what is there is n
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -25,6 +26,7 @@ from onestroke.types import Batch
 
 SHARD_PICTURES = 2_500
 ENCODE_AT_ONCE = 50  # pictures
+NUM_COMPARED = 200  # captions that tell one source from another
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,11 @@ def cache_latents(
 ) -> CachedLatents:
     """The latents of the first `count` pictures of `source`, centre-cropped to `size`; missing shards are made.
 
-    `made_by` names the encoder (a fingerprint of its weights): a folder that another one filled raises DataError, and
-    so does a source without a readable picture. `log` is told how many pictures are done, after each shard.
+    `made_by` names the encoder (a fingerprint of its weights): a folder that another encoder or source filled raises
+    DataError, and so does a source without a readable picture. `log` is told the pictures done, after each shard.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    page = {"made_by": made_by, "size": list(size), "count": count}
+    page = {"made_by": made_by, "size": list(size), "count": count, "source": _digest(source)}
     shards = []
     for first in range(0, count, SHARD_PICTURES):
         path = folder / f"latents-{first // SHARD_PICTURES:05d}.safetensors"
@@ -70,6 +72,13 @@ def cache_latents(
     if not len(indices):
         raise DataError(f"none of {count} pictures can be read", fix="Mend the files, or give another folder.")
     return CachedLatents(latents, indices, sizes, size)
+
+
+def _digest(source: Source) -> str:
+    """A short name for a source: its number of pictures, and captions spread over all of them."""
+    step = max(1, len(source) // NUM_COMPARED)
+    captions = [source.caption(index) for index in range(0, len(source), step)]
+    return hashlib.sha256(json.dumps([len(source), captions]).encode()).hexdigest()[:16]
 
 
 def _encoded(source: Source, encode, rows: range, size: tuple[int, int], num_workers: int) -> dict[str, Tensor]:
@@ -112,7 +121,7 @@ def _write_shard(path: Path, shard: dict[str, Tensor], page: dict) -> None:
     try:
         save_file(shard, temporary, metadata={"onestroke": json.dumps(page)})
         os.replace(temporary, path)
-    except Exception as error:
+    except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise ResourceError("the latents could not be written", where=str(path), fix="Free disk space.") from error
 
@@ -121,7 +130,7 @@ def _read_shard(path: Path, page: dict) -> dict[str, Tensor]:
     with safe_open(path, "pt") as file:
         if (file.metadata() or {}).get("onestroke") != json.dumps(page):
             raise DataError(
-                "these latents are of another VAE, size or number of pictures",
+                "these latents are of another VAE, of other pictures or of another size",
                 where=str(path.parent),
                 fix="Delete this folder, or train in another one.",
             )

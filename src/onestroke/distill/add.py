@@ -125,9 +125,9 @@ class ADD:
         return torch.stack(parts).contiguous(memory_format=torch.channels_last)
 
     def _r1_gamma(self, batch: Batch) -> float:
-        """The penalty's weight in this step, which the batch's slots number whatever part of it this is."""
+        """The penalty's weight in this step of the heads; the slots number it, whatever part of the batch this is."""
         losses = self.recipe.losses
-        step = int(batch.slots.min()) // self.recipe.train.batch_size
+        step = int(batch.slots.min()) // self.recipe.train.batch_size // self.recipe.discriminator_optimizer.every
         return losses.r1_gamma * losses.r1_every if step % losses.r1_every == 0 else 0.0
 
     def _seen(self, images: Tensor, due: frozenset[str]) -> tuple[list[Tensor] | None, Tensor | None]:

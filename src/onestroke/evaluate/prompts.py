@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as parquet
 
+from onestroke.data.tables import TABLE_TYPES, rows_of, text_of
 from onestroke.errors import DataError
 
 PROMPT_COLUMNS = ("prompt", "text", "caption")
@@ -56,10 +52,10 @@ def read_prompts(path: Path) -> PromptSet:
 
     Every other column can be grouped by. Raises DataError for what is empty, not UTF-8 or has no such column.
     """
-    readers = {".txt": _lines, ".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
-    if path.suffix.lower() not in readers:
-        raise DataError("no prompts are read from such a file", where=str(path), fix=f"Give {', '.join(readers)}.")
-    rows = readers[path.suffix.lower()](path)
+    kinds = (".txt", *TABLE_TYPES)
+    if path.suffix.lower() not in kinds:
+        raise DataError("no prompts are read from such a file", where=str(path), fix=f"Give {', '.join(kinds)}.")
+    rows = _lines(path) if path.suffix.lower() == ".txt" else rows_of(path)
     rows = [row for row in rows if any(str(value or "").strip() for value in row.values())]
     if not rows:
         raise DataError("the file has no prompts", where=str(path), fix="Write one prompt a line.")
@@ -89,43 +85,5 @@ def _shown(value: Any) -> str:
     return "none" if value is None or value == "" else str(value)
 
 
-def _content(path: Path) -> str:
-    try:
-        return path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 text (byte {error.start})", where=str(path), fix="Save it as UTF-8.") from error
-    except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror})", where=str(path), fix="Check the path.") from error
-
-
 def _lines(path: Path) -> list[dict]:
-    return [{"prompt": line} for line in _content(path).split("\n") if line.strip()]
-
-
-def _json_rows(path: Path) -> list[dict]:
-    rows = []
-    for number, line in enumerate(_content(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"line {number} is not JSON", where=str(path), fix="Correct that line.") from error
-        if not isinstance(row, dict):
-            raise DataError(f"line {number} is not an object", where=str(path), fix="Write one {...} on each line.")
-        rows.append(row)
-    return rows
-
-
-def _csv_rows(path: Path) -> list[dict]:
-    try:
-        return list(csv.DictReader(io.StringIO(_content(path)), strict=True))
-    except csv.Error as error:
-        raise DataError(f"not CSV ({error})", where=str(path), fix="Save it as comma-separated UTF-8.") from error
-
-
-def _parquet_rows(path: Path) -> list[dict]:
-    try:
-        return parquet.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError("cannot be read as Parquet", where=str(path), fix="Write the file again.") from error
+    return [{"prompt": line} for line in text_of(path).split("\n") if line.strip()]

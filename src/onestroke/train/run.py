@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from onestroke.errors import CheckpointError
+from onestroke.ownership import sole_owner
 from onestroke.train.checkpoint import load_newest, save_checkpoint
 from onestroke.train.tracking import Tracker
 from onestroke.train.trainer import Progress, Trainer
@@ -36,7 +36,7 @@ def run_training(
     Continues from the newest checkpoint in `out`; one of another recipe raises `CheckpointError`. A checkpoint is
     written every `checkpoint_minutes` and at the end, so that a killed run loses that much at most.
     """
-    with _sole_owner(out):
+    with sole_owner(out):
         _check_recipe(out, recipe_text)
         state = load_newest(out / "checkpoints")
         if state is not None:
@@ -84,20 +84,6 @@ def _check_recipe(out: Path, recipe_text: str) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(recipe_text, "utf-8")
     temporary.replace(path)
-
-
-@contextmanager
-def _sole_owner(out: Path) -> Iterator[None]:
-    """Refuse a second run in the same folder at the same time."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(
-                "another run is writing to this folder", where=str(out), fix="Wait for it, or give another --out."
-            ) from error
-        yield
 
 
 @contextmanager

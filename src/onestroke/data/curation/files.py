@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from onestroke.errors import DataError, ResourceError
+from onestroke.errors import ResourceError
 
 
 @contextmanager
@@ -37,17 +36,3 @@ def remove_leftovers(folder: Path) -> None:
     """What a killed run left half-written."""
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
-
-
-@contextmanager
-def sole_owner(folder: Path) -> Iterator[None]:
-    """Refuse a second run in the same folder at the same time."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(
-                "another run is writing to this folder", where=str(folder), fix="Wait for it, or give another --out"
-            ) from error
-        yield

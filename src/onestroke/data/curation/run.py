@@ -24,13 +24,14 @@ import pyarrow.parquet as parquet
 
 from onestroke.data.curation.duplicates import find_copies, gather
 from onestroke.data.curation.examine import examine_shard, stages_of
-from onestroke.data.curation.files import atomic, remove_leftovers, sole_owner
+from onestroke.data.curation.files import atomic, remove_leftovers
 from onestroke.data.curation.finish import Pick, finish_shard, networks
 from onestroke.data.curation.index import Tally, write_index
 from onestroke.data.curation.listing import read_entries, write_listing
 from onestroke.data.curation.page import write_page
 from onestroke.data.curation.recipe import STAGES, CurationRecipe
 from onestroke.errors import DataError, ResourceError
+from onestroke.ownership import sole_owner
 
 MARKER, INDEX, PAGE, WORK = "curation.json", "index.parquet", "curation.html", ".curation"
 Report = Callable[[str, int, int], None]  # what is done, how much of it, of how much
