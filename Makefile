@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test browser
 	$(VENV)/bin/ruff check src tests examples
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile
 
 install: $(VENV)/.installed
 

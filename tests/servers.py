@@ -23,13 +23,13 @@ from tests.pipelines import tiny_sdxl
 
 
 class Scribe:
-    """Stands where a `Drawer` stands: flat pictures of the colour (seed, steps, 0), each batch noted.
+    """Stands where a `Drawer` stands: flat pictures of the colour (seed, steps, 100 x LoRA's scale), each batch noted.
 
     `hold` keeps the worker until it is set; a prompt "fail" raises.
     """
 
     steps, guidance, max_tokens, unknown_words = 1, 0.0, 62, None
-    canvas, phrases = Canvas(64, 8), ("pink hair",)
+    canvas, phrases, loras = Canvas(64, 8), ("pink hair",), {}
     fit, notices = Drawer.fit, lambda self, prompt: []
 
     def __init__(self, name: str = "scribe", *, held: bool = False) -> None:
@@ -48,7 +48,8 @@ class Scribe:
         assert self.free.wait(20)
         if any(order.prompt == "fail" for order in orders):
             raise ValueError("the model broke: /secret/path")
-        return [np.full((*order.size, 3), (order.seed % 256, order.steps, 0), np.uint8) for order in orders]
+        colors = [(o.seed % 256, o.steps, round(100 * o.lora[1]) if o.lora else 0) for o in orders]
+        return [np.full((*o.size, 3), color, np.uint8) for o, color in zip(orders, colors, strict=True)]
 
     @property
     def prompts(self) -> list[list[str]]:

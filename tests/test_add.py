@@ -370,17 +370,19 @@ def test_real_pictures_can_be_shown_as_the_vae_decodes_them():
 def test_the_features_are_shown_a_part_at_each_pictures_own_place():
     method, whole = tiny_add("discriminator.crop=0.5"), tiny_add()
     images = torch.arange(2 * 3 * 32 * 32).double().reshape(2, 3, 32, 32).requires_grad_()
-    slots = torch.tensor([0, 1])
-    parts = method._part(images, slots, "fake crop")
-    assert parts.shape == (2, 3, 16, 16) and whole._part(images, slots, "fake crop") is images
+    slots, latents = torch.tensor([0, 1]), torch.zeros(2, 4, 8, 8)
+    parts = method._real(images, latents, slots)
+    assert parts.shape == (2, 3, 16, 16) and whole._real(images, latents, slots) is images
     corners = [divmod(int(part[0, 0, 0]) % 1024, 32) for part in parts]
     for part, image, (top, left) in zip(parts, images, corners, strict=True):
         assert torch.equal(part, image[:, top : top + 16, left : left + 16])
     assert corners[0] != corners[1]
-    assert torch.equal(method._part(images[1:], slots[1:], "fake crop"), parts[1:])  # whatever it is batched with
+    assert torch.equal(method._real(images[1:], latents[1:], slots[1:]), parts[1:])  # whatever it is batched with
     parts.sum().backward()
     assert images.grad.sum() == parts.numel() and images.grad.max() == 1
-    places = torch.stack([method._part(images[:1], torch.tensor([s]), "x")[0, 0, 0, 0] for s in range(300)]).long()
+    places = torch.stack(
+        [method._real(images[:1], latents[:1], torch.tensor([s]))[0, 0, 0, 0] for s in range(300)]
+    ).long()
     assert (places // 32 % 32).unique().tolist() == (places % 32).unique().tolist() == list(range(17))
 
 

@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
 from onestroke import cli, embedded
-from onestroke.commands import bench, distill, doctor, generate, pretrain
+from onestroke.commands import bench, demo, distill, doctor, generate, pretrain
 from onestroke.commands.progress import Display, clock_time, summary
 from onestroke.config import load_recipe, pretrain_recipe
 from onestroke.data.comicset import ComicSource, write_comicset
+from onestroke.distill.denoising import Denoising
 from onestroke.embedded.architecture import build_pipeline
 from onestroke.embedded.autoencoder import build_autoencoder
 from onestroke.embedded.judge import new_judge, save_judge
 from onestroke.embedded.vocabulary import known_words, unknown_words, words_in
-from onestroke.errors import ModelError, OnestrokeError, RecipeError, ResourceError
+from onestroke.errors import CheckpointError, ModelError, OnestrokeError, RecipeError, ResourceError
+from onestroke.evaluate.compare import Ways
 from onestroke.evaluate.drawing import contenders, time_parts
 from onestroke.evaluate.latency import PartTimer, measure_latency
+from onestroke.evaluate.pictures import Way
+from onestroke.families.fingerprint import fingerprint
 from onestroke.train.trainer import Progress
 from tests.pipelines import tiny_sd, tiny_sdxl
 
@@ -48,9 +55,11 @@ def untrained_weights(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def weights(untrained_weights, monkeypatch) -> Path:
+def weights(untrained_weights, monkeypatch) -> Iterator[Path]:
     monkeypatch.setattr(embedded, "weights_folder", lambda: untrained_weights)
-    return untrained_weights
+    embedded.embedded_judge.cache_clear()
+    yield untrained_weights
+    embedded.embedded_judge.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +116,17 @@ def test_pictures_side_by_side_are_those_of_the_seeds_one_by_one(weights, tmp_pa
     both, second = (np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("both.png", "second.png"))
     assert np.abs(both[:, 128:] - second).max() <= 8  # bfloat16 rounds otherwise in another batch
     assert np.abs(both[:, :128] - second).max() > 8
+
+
+def test_generate_draws_portraits_and_landscapes(weights, monkeypatch, capsys, tmp_path):
+    for options, size in ((("--width", "96", "--height", "160"), (96, 160)), (("--width", "168"), (168, 128))):
+        out = tmp_path / "a.png"
+        status, _, error = onestroke("generate", "a person", "-o", str(out), *options, monkeypatch=monkeypatch,
+                                     capsys=capsys)  # fmt: skip
+        assert status == 0 and Image.open(out).size == size, error
+    status, _, error = onestroke("generate", "a person", "-o", str(out), "--width", "100", monkeypatch=monkeypatch,
+                                 capsys=capsys)  # fmt: skip
+    assert status == 1 and "--width: 100 pixels cannot be drawn. Give a multiple of 8." in error
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "webp"])
@@ -211,6 +231,7 @@ def test_a_teacher_that_is_not_there_is_told(tmp_path):
 
 def test_distill_leaves_a_student_and_goes_on_from_it(weights, tmp_path):
     settings = ["train.batch_size=2", "train.num_images=4", "train.sample_images=0", "data.num_workers=0"]
+    settings += ["train.evaluate_images=4", "train.evaluate_count=2"]
     out = tmp_path / "a run"
     for expected in ("after 2 of 4 pictures", "finished"):
         console = paper()
@@ -218,6 +239,8 @@ def test_distill_leaves_a_student_and_goes_on_from_it(weights, tmp_path):
             "mini", None, None, None, settings, 0.0 if "after" in expected else None, out, console=console
         )
         assert expected in text_of(console)
+    assert "evaluation after 4 pictures" in text_of(console)
+    assert f"best:    {out}/best (the one of 4 pictures" in text_of(console)
     console = paper()
     lines = distill.next_commands(distill.resolve_recipe("mini", None, None, None), out / "student", out)
     assert (out / "student" / "model_index.json").exists()
@@ -284,12 +307,15 @@ def tiny_pretrain(*overrides: str):
 
 
 def test_pretrain_of_the_users_pictures_leaves_a_teacher_and_goes_on(tmp_path):
-    write_comicset(tmp_path / "pictures", count=40, size=32)
+    write_comicset(tmp_path / "pictures", count=40, size=32, layout="webdataset")
+    pictures = str(tmp_path / "pictures" / "*.tar")
     for minutes, expected in ((0.0, "run the same command again"), (None, "distill mini --teacher")):
         console = paper()
-        pretrain.run_pretrain(tmp_path / "pictures", tiny_pretrain(), minutes, tmp_path / "out", console=console)
+        pretrain.run_pretrain(pictures, tiny_pretrain(), minutes, tmp_path / "out", console=console)
         assert expected in text_of(console)
     assert (tmp_path / "out" / "teacher" / "model_index.json").exists()
+    config = json.loads((tmp_path / "out" / "teacher" / "unet" / "config.json").read_text())
+    assert 8 * config["sample_size"] == tiny_pretrain().size  # what plain diffusers draws where no size is asked for
     assert not (tmp_path / "out" / "judge").exists()
 
 
@@ -299,6 +325,10 @@ def test_minutes_bound_the_stages_together(monkeypatch, tmp_path):
     def latents(out, source, recipe, machine, *, log) -> None:
         calls.append("latents")
 
+    def text(out, source, recipe, machine, *, minutes, observe) -> bool:
+        calls.append("text")
+        return True
+
     def teacher(out, source, cache, recipe, machine, *, minutes, observe) -> bool:
         calls.append(minutes)
         return True
@@ -306,26 +336,45 @@ def test_minutes_bound_the_stages_together(monkeypatch, tmp_path):
     monkeypatch.setattr(pretrain, "pretrain_vae", lambda out, source, recipe, machine, *, log: calls.append("vae"))
     monkeypatch.setattr(pretrain, "pretrain_judge", lambda out, recipe, machine, *, log: calls.append("judge"))
     monkeypatch.setattr(pretrain, "pretrain_latents", latents)
+    monkeypatch.setattr(pretrain, "pretrain_text", text)
     monkeypatch.setattr(pretrain, "pretrain_teacher", teacher)
     pretrain.run_pretrain(None, tiny_pretrain(), 10.0, tmp_path, console=paper())
-    assert calls[:3] == ["vae", "judge", "latents"] and 9.9 < calls[3] <= 10.0
+    assert calls[:4] == ["vae", "judge", "text", "latents"] and 9.9 < calls[4] <= 10.0
     pretrain.run_pretrain(None, tiny_pretrain(), 0.0, tmp_path, console=paper())
-    assert calls[4:] == ["vae"]
+    assert calls[5:] == ["vae"]
 
 
 def test_pretrain_goes_on_from_a_teacher_with_its_own_vae(tmp_path):
     write_comicset(tmp_path / "pictures", count=40, size=32)
     first, second = tmp_path / "first", tmp_path / "second"
-    pretrain.run_pretrain(tmp_path / "pictures", tiny_pretrain(), None, first, console=paper())
+    pretrain.run_pretrain(str(tmp_path / "pictures"), tiny_pretrain(), None, first, console=paper())
     again = tiny_pretrain(f"start={first / 'teacher'}")
-    pretrain.run_pretrain(tmp_path / "pictures", again, None, second, console=paper())
+    pretrain.run_pretrain(str(tmp_path / "pictures"), again, None, second, console=paper())
     before, after = (load_file(f / "teacher" / "unet" / "diffusion_pytorch_model.safetensors") for f in (first, second))
     moved = [(before[name] - after[name]).abs().max().item() for name in before]
     assert 0 < max(moved) < 0.1
+    taken = tiny_pretrain(f"vae={first / 'teacher'}")  # its VAE alone: the rest is new
+    pretrain.run_pretrain(str(tmp_path / "pictures"), taken, 0.0, tmp_path / "taken", console=paper())
+    one, other = (AutoencoderKL.from_pretrained(folder / "vae" / "final") for folder in (first, tmp_path / "taken"))
+    assert fingerprint(one) == fingerprint(other)
     other = tmp_path / "third"
     build_autoencoder().save_pretrained(other / "vae" / "final")
     with pytest.raises(ModelError, match="another VAE"):
-        pretrain.run_pretrain(tmp_path / "pictures", again, None, other, console=paper())
+        pretrain.run_pretrain(str(tmp_path / "pictures"), again, None, other, console=paper())
+
+
+def test_the_teachers_timesteps_are_the_recipes(monkeypatch, tmp_path):
+    shares = []
+    monkeypatch.setattr(
+        "onestroke.embedded.pretrain.Denoising",
+        lambda model, settings, **kwargs: shares.append(settings.uniform_share) or Denoising(model, settings, **kwargs),
+    )
+    write_comicset(tmp_path / "pictures", count=40, size=32)
+    recipe = tiny_pretrain("uniform_timesteps=0.6")
+    pretrain.run_pretrain(str(tmp_path / "pictures"), recipe, None, tmp_path / "out", console=paper())
+    assert shares == [0.6]
+    with pytest.raises(CheckpointError, match="uniform_timesteps: 0.6 -> 0.3"):
+        pretrain.run_pretrain(str(tmp_path / "pictures"), tiny_pretrain(), None, tmp_path / "out", console=paper())
 
 
 def test_a_stage_stops_at_the_first_saving_past_its_time():
@@ -465,6 +514,17 @@ def test_every_unet_call_is_counted():
 # the process
 
 
+@pytest.mark.parametrize("fill", [lambda: torch.empty(1 << 50), lambda: [0] * (1 << 60)])
+def test_a_machine_without_room_is_one_line_that_says_what_to_change(fill, monkeypatch, capsys):
+    """What PyTorch's CPU allocator and Python themselves raise."""
+    monkeypatch.setattr(cli, "app", lambda **how: fill())
+    with pytest.raises(SystemExit) as exited:
+        cli.main()
+    errors = capsys.readouterr().err
+    assert exited.value.code == 1 and errors.count("\n") == 1
+    assert errors.startswith("onestroke: the device has no room. Lower train.micro_batch_size")
+
+
 def test_the_command_exits_with_one_line_and_status_1(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     command = [sys.executable, "-m", "onestroke", "distill", "sdxl-anime", "--data", str(tmp_path)]
@@ -476,3 +536,20 @@ def test_the_command_exits_with_one_line_and_status_1(tmp_path):
 def test_errors_of_commands_are_the_users_kind():
     with pytest.raises(OnestrokeError):
         generate.check_order("", Path("a.png"))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "count"),
+    [(0.05, demo.DEMO_IMAGES), (0.25, 260), (0.333, 200), (2.0, demo.FEWEST_IMAGES)],  # half as many again for spread
+)
+def test_a_demo_draws_as_many_pictures_as_there_is_time_for(seconds, count):
+    assert demo.images_within(100.0, seconds) == count
+
+
+def test_a_demo_times_a_picture_by_every_way(monkeypatch):
+    clock = iter([0.0, 8.0, 10.0, 14.0, 20.0, 24.0])
+    monkeypatch.setattr(demo.time, "monotonic", lambda: next(clock))
+    drawn = []
+    way = Way("key", 1, lambda prompts, seeds: drawn.append(len(prompts)))
+    assert demo.seconds_a_picture(Ways({1: way, 4: way}, {1: way})) == 1.0  # 16 s for 16 pictures by all three
+    assert drawn == [16, 16, 16]

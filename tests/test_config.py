@@ -110,3 +110,11 @@ def test_a_file_that_is_no_recipe_is_one_line(tmp_path, text, message):
 def test_recipes_are_frozen():
     with pytest.raises(ValidationError):
         Recipe().seed = 1
+
+
+def test_keys_that_do_not_go_together_are_named_without_the_whole_section():
+    with pytest.raises(RecipeError) as caught:
+        recipe_from({}, ["student.timestep_weights=[1, 2]"])
+    assert str(caught.value) == (
+        "recipe: student: timestep_weights has to hold one number per timestep, none negative, not all zero"
+    )

@@ -17,16 +17,19 @@ import torch
 from known_curation import curation_benchmark
 from PIL import Image, ImageOps
 from rich.console import Console
-from test_curation_stages import packed, scene
+from test_curation_stages import _Server, packed, scene, server  # noqa: F401 - a fixture
 
 from onestroke.commands.curate import run_curate
 from onestroke.commands.inspection import run_inspect
-from onestroke.data import open_folder
+from onestroke.data import batches, open_folder
+from onestroke.data.buckets import assign, sdxl_buckets
 from onestroke.data.curation import examine, files, finish, run
 from onestroke.data.curation.inspection import contact_sheet, described, inspect
 from onestroke.data.curation.listing import list_source, read_bytes
+from onestroke.data.curation.processes import Processes
 from onestroke.data.curation.recipe import CurationRecipe
 from onestroke.data.curation.run import curate
+from onestroke.data.facts import measured_sizes
 from onestroke.errors import CheckpointError, DataError, RecipeError, ResourceError
 
 torch.set_num_threads(1)
@@ -144,13 +147,13 @@ def test_the_page_stands_alone_and_shows_every_stage(whole):
 
 
 def test_nothing_but_the_result_is_left(whole):
-    names = sorted(path.name for path in whole[0].iterdir())
+    names = sorted(path.name for path in whole[0].iterdir() if path.name != ".onestroke")  # what readers found out
     assert names == [".lock", "curated-00000.tar", "curated-00001.tar", "curated-00002.tar", "curation.html",
                      "curation.json", "index.parquet"]  # fmt: skip
 
 
 def test_workers_change_nothing(whole, heap, tmp_path):
-    assert run_quietly(heap, tmp_path / "out", num_workers=2) == whole[1]
+    assert run_quietly(heap, tmp_path / "out", engine=Processes(2)) == whole[1]
     assert digests(tmp_path / "out") == digests(whole[0])
 
 
@@ -175,14 +178,15 @@ def killed_at(step, heap, out):
 
 
 def test_a_run_killed_at_any_file_goes_on_to_the_same_bytes(whole, heap, tmp_path):
-    # marker, listing, 4 measured, copies, close, picked, 3 times shard and record, index, page, marker
+    # marker; listing, clock, 4 measured, clock; rows, words, near pairs, clock, copies, close calls, picked;
+    # 3 times shard and record, clock; index, clock, page, marker
     out, seen = tmp_path / "out", set()
-    for step in (1, 3, 5, 2, 4, 4, 2, 3):  # each a little further
+    for step in (1, 3, 6, 2, 4, 5, 7, 2, 4, 5, 2, 3):  # each a little further
         assert killed_at(step, heap, out) == -signal.SIGKILL
         for path in out.glob("*.tar"):  # whatever is visible is whole
             seen.add(path.name)
             assert hashlib.sha256(path.read_bytes()).hexdigest() == digests(whole[0])[path.name]
-    assert seen
+    assert len(seen) == 3
     assert run_quietly(heap, out) == whole[1]
     assert digests(out) == digests(whole[0])
     assert not list(out.rglob("*.tmp"))
@@ -267,6 +271,55 @@ def test_a_file_that_changes_between_the_passes_is_dropped(tmp_path, monkeypatch
     assert outcome.num_kept == 2 and outcome.dropped == {"read": 1}
 
 
+def test_any_address_of_fsspec_is_a_source(whole, heap, tmp_path):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.put(heap[0], "/heap/folder", recursive=True)
+    for path in heap[1:]:
+        memory.put(path, "/heap/")
+    with fsspec.open("memory://heap/folder/metadata.csv", "wt") as file:
+        file.write("file_name,text\nsilent.png,a silent picture\n")
+    try:
+        near = run_quietly([heap[0], *heap[1:]], tmp_path / "near", recipe=recipe(exact={"enabled": False}))
+        outcome = run_quietly(
+            ["memory://heap/folder", "memory://heap/part.tar", "memory://heap/rows.parquet"], tmp_path / "far",
+            recipe=recipe(exact={"enabled": False}),
+        )  # fmt: skip
+        assert (outcome.num_pictures, outcome.num_kept) == (near.num_pictures, near.num_kept + 1)  # the silent one
+        rows = [parquet.read_table(tmp_path / side / "index.parquet").to_pylist() for side in ("near", "far")]
+        for one, other in zip(*rows, strict=True):
+            assert one["sha256"] == other["sha256"] and one["file"] == other["file"]
+            assert one["caption"] == other["caption"] or one["file"] == "silent.png"
+        entries = list(list_source("memory://heap/folder", quiet))
+        memory.rm("/heap", recursive=True)
+        with pytest.raises(DataError, match="memory://heap/folder: the source has vanished"):
+            read_bytes(entries[0])
+        with pytest.raises(DataError, match="memory://heap: there is no such source"):
+            list(list_source("memory://heap", quiet))
+        with pytest.raises(DataError, match=r"nowhere://x: cannot be opened.*fsspec"):
+            list(list_source("nowhere://x", quiet))
+    finally:
+        memory.store.clear()
+
+
+def test_a_set_of_the_datasets_library_is_a_source(heap, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    folder = tmp_path / "mine"
+    (folder / "train").mkdir(parents=True)
+    for k in range(3):
+        scene(k).save(folder / "train" / f"{k}.png")
+    lines = [json.dumps({"file_name": f"{k}.png", "text": f"scene number {k}"}) + "\n" for k in range(3)]
+    (folder / "train" / "metadata.jsonl").write_text("".join(lines))
+    entries = list(list_source(f"datasets:{folder}", quiet))
+    assert [entry.caption for entry in entries] == [f"scene number {k}" for k in range(3)]
+    assert [read_bytes(entry) for entry in entries] == [packed(scene(k)) for k in range(3)]
+    assert entries[1].name.endswith("row 0.1")
+    assert run_quietly([f"datasets:{folder}:train"], tmp_path / "out").num_kept == 3
+    with pytest.raises(DataError, match=r"datasets:.*none: cannot be loaded"):
+        list(list_source(f"datasets:{tmp_path}/none", quiet))
+
+
 def test_a_tar_that_is_cut_short_is_taken_as_far_as_it_goes(heap, tmp_path):
     with open(heap[1], "rb") as file:
         content = file.read()
@@ -316,6 +369,18 @@ def test_scores_of_a_network_drop_pictures_and_stand_beside_them(heap, tmp_path,
     assert all((row["dropped"] is None) == (row["aesthetic"] >= 127.0) for row in with_score)
 
 
+def test_only_pictures_without_a_caption_are_shown_to_the_captioning_server(heap, tmp_path, server):  # noqa: F811
+    asked = recipe(recaption={"enabled": True, "model": "vlm", "endpoint": server}, captions={"languages": []})
+    outcome = run_quietly(heap[:1], tmp_path / "out", recipe=asked)
+    rows = {row["file"]: row for row in parquet.read_table(tmp_path / "out" / "index.parquet").to_pylist()}
+    assert rows["silent.png"]["dropped"] is None and rows["silent.png"]["caption"] == "A red square."
+    assert rows["0.png"]["caption"] == "scene number 0" and len(_Server.asked) == 1
+    assert "captions" not in outcome.dropped
+    strict = recipe(recaption={**asked.recaption.model_dump(), "when": "always"}, captions={"min_chars": 14})
+    outcome = run_quietly(heap[:1], tmp_path / "always", recipe=strict)  # what is written is cleaned as well
+    assert outcome.num_kept == 0 and outcome.dropped["recaption"] == len(_Server.asked) - 1 > 5
+
+
 # Known answers
 
 
@@ -356,6 +421,40 @@ def test_the_commands_tell_what_they_did(heap, tmp_path):
         run_inspect(tmp_path / "out", tmp_path / "out" / "a.png", size=64, crop="center", sample=9, console=console)
     with pytest.raises(RecipeError, match="no crop 'left'"):
         run_inspect(tmp_path / "out", tmp_path / "a.png", size=64, crop="left", sample=9, console=console)
+
+
+def test_an_inspection_shows_what_the_trainer_sees_of_each_bucket(tmp_path):
+    """Eight pictures of 2:1 and two squares; the broken one goes into no bucket. The cut is the trainer's own."""
+    for number in range(10):
+        Image.effect_noise((128, 64) if number < 8 else (70, 70), 60).convert("RGB").save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(f"number {number}")
+    (tmp_path / "x.png").write_bytes(b"broken")
+    (tmp_path / "x.txt").write_text("broken")
+    console = Console(file=io.StringIO(), width=200)
+
+    def told(**how):
+        console.file.seek(console.file.truncate(0))
+        run_inspect(tmp_path, tmp_path.parent / "sheet.png", size=64, crop="center", sample=100, console=console, **how)
+        return console.file.getvalue()
+
+    lines = told(buckets="sdxl", batch_size=2)
+    for words in ("in 2 buckets: ", "64 x 64: 2 pictures (20.0%)", "96 x 48: 8 pictures (80.0%)",
+                  "in none, for they cannot be read: 1"):  # fmt: skip
+        assert words in lines, lines
+    assert "at 64 x 64: " in told()
+    assert "in 1 buckets: " in told(buckets="computed", num_buckets=1)
+    with pytest.raises(DataError, match="no bucket can fill a batch of 11"):
+        told(buckets="sdxl", batch_size=11)
+    with pytest.raises(RecipeError, match="buckets"):
+        told(buckets="square")
+
+    source = open_folder(tmp_path, log=quiet)
+    buckets = assign(measured_sizes(source), sdxl_buckets(64, multiple=8), batch_size=2)
+    seen = {one.index: one.image for one in inspect(source, size=64, buckets=buckets).seen}
+    batch = next(batches(source, batch_size=2, size=buckets, first_slot=0, last_slot=2, seed=0))
+    for image, caption in zip(batch.images, batch.captions, strict=True):
+        shown = seen[int(caption.split()[1])]
+        assert np.array_equal(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy(), shown)
 
 
 def test_an_inspection_says_what_the_crop_takes_away(tmp_path):

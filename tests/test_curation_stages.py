@@ -12,11 +12,13 @@ import torch
 from known_curation import curation_benchmark
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
+from onestroke.data.comicset.dataset import ComicSource
 from onestroke.data.curation import near
 from onestroke.data.curation.captions import clean_caption, shortened
 from onestroke.data.curation.decoding import Undecodable, decode, wrong_suffix
-from onestroke.data.curation.duplicates import Survivors, _greedy, find_copies, near_pairs
+from onestroke.data.curation.duplicates import Survivors, Thumbs, _greedy, find_copies, merged, near_pairs, search_part
 from onestroke.data.curation.measures import MEASURES, Views
+from onestroke.data.curation.pace import Pace
 from onestroke.data.curation.recaption import load_captioner
 from onestroke.data.curation.recipe import CaptionStage, CurationRecipe, RecaptionStage, Score, load_curation
 from onestroke.data.curation.scoring import load_scorer
@@ -45,7 +47,8 @@ def scene(seed, size=64):
 
 
 def measure(stage, image):
-    return MEASURES[stage](Views(np.asarray(image)))
+    picture = Image.fromarray(np.asarray(image))
+    return MEASURES[stage](Views(picture, picture.size))
 
 
 # Decoding
@@ -102,6 +105,18 @@ def test_a_bomb_is_refused_before_its_pixels_are_decoded(monkeypatch):
     for side in (10_000, 40_000):
         with pytest.raises(Undecodable, match="pixels"):
             decode(curation_benchmark().bomb(side))
+
+
+def test_a_large_jpeg_is_decoded_as_far_as_the_measures_need_it():
+    lying = Image.Exif()
+    lying[0x0112] = 6
+    content = packed(scene(4, 1280).resize((1280, 960)), "JPEG", exif=lying)
+    found = decode(content, enough=600)
+    assert (found.picture.size, found.size) == ((480, 640), (960, 1280))  # a quarter would leave 320
+    assert np.abs(found.image.astype(int) - np.asarray(decode(content).picture.resize((480, 640)))).mean() < 2
+    assert decode(content).picture.size == decode(content, enough=641).picture.size == (960, 1280)
+    with pytest.raises(Undecodable, match="truncated"):
+        decode(content[: len(content) // 2], enough=600)
 
 
 def test_the_suffix_is_compared_with_what_the_file_is():
@@ -178,7 +193,7 @@ def test_chroma_sees_colour_but_no_tint():
 
 
 def thumbs(*images):
-    return np.stack([near.thumbnail(np.asarray(image)) for image in images])
+    return np.stack([near.thumbnail(image) for image in images])
 
 
 def test_the_hash_of_the_mirror_image_is_known_without_drawing_it():
@@ -239,10 +254,43 @@ def test_of_copies_the_best_is_kept_and_a_chain_is_no_copy():
 
 
 def test_the_same_bytes_or_pixels_are_one_picture():
-    names = np.array([b"a", b"a", b"c", b"d"], object)
-    pixels = np.array([b"1", b"1", b"1", b"2"], object)
-    survivors = Survivors(np.arange(4), np.array([2, 0, 1, 3]), names, pixels, thumbs(*map(scene, range(4))))
-    assert find_copies(survivors, CurationRecipe()).exact == {0: 1, 2: 1}
+    pixels = np.array([[1, 7], [1, 7], [1, 7], [1, 8], [2, 7], [1, 8]], np.uint64)
+    survivors = Survivors(np.arange(6), np.array([2, 0, 1, 5, 3, 4]), pixels, thumbs(*map(scene, range(6))))
+    assert find_copies(survivors, CurationRecipe()).exact == {0: 1, 2: 1, 3: 5}
+
+
+def test_the_hash_of_a_whole_picture_is_that_of_its_first_window():
+    every = thumbs(*map(scene, range(9)))
+    assert (near.unpacked(near.whole_words(every)) == near.window_bits(every)[:, 0]).all()
+
+
+def test_thumbnails_on_the_disk_are_read_as_they_were_written(tmp_path):
+    every = thumbs(*map(scene, range(9)))
+    (tmp_path / "thumbs").write_bytes(every.tobytes())
+    stored = Thumbs(tmp_path / "thumbs", np.array([1, 3, 8, 2]))
+    assert (
+        len(stored) == 4 and (stored[1:3] == every[[3, 8]]).all() and (stored[np.array([3, 0])] == every[[2, 1]]).all()
+    )
+
+
+def test_a_projection_shares_what_machines_share_and_lets_the_search_grow():
+    pace = Pace(1024, {"measuring": 10.0, "searching copies": 5.0, "writing shards": 2.0, "listing": 1.0, "index": 1.0})
+    assert pace.pictures_per_second == 1024 / 19
+    # 2048 pictures: twice everything, the search 11/10 of that, half of it on either machine
+    assert pace.projected(2048, 2) == pytest.approx((10 + 5 * 1.1 + 2) + 4)
+    assert Pace(1024, {"measuring": 10.0}).projected(2048, 2) is None  # a run that timed only a part
+
+
+def test_a_search_in_parts_finds_what_one_search_finds():
+    originals = [scene(seed, 64) for seed in range(70)]
+    every = thumbs(*originals, *(ImageOps.mirror(image) for image in originals))
+    whole = near_pairs(every, np.arange(140), 29.0)
+    index = near.Index(near.whole_words(every))
+    parts = [search_part(every, index, 29.0, start=at, stop=min(at + 48, 140)) for at in range(0, 140, 48)]
+    pairs, apart = merged(parts)
+    assert (pairs.tolist(), apart.tolist()) == (whole[0].tolist(), whole[1].tolist())
+    assert {(k, 70 + k) for k in range(70)} <= {tuple(pair) for pair in pairs.tolist()}
+    assert all(len(part[0]) < len(pairs) for part in parts)
 
 
 # Captions
@@ -277,6 +325,8 @@ def test_captions_become_plain_words(caption, text):
         ("© 2024 somebody. All rights reserved", "nothing but boilerplate"),
         ("青い髪の女の子", "not in latin script"),
         ("смеющийся человек", "not in latin script"),
+        ("ein lachender Mensch mit rosa Haaren", "in de, not en"),
+        ("une fille aux cheveux longs, souriante", "in fr, not en"),
         ("ab", "shorter than 3 characters"),
     ],
 )
@@ -285,9 +335,19 @@ def test_captions_of_no_use_are_dropped(caption, reason):
 
 
 def test_other_scripts_are_kept_where_the_recipe_names_them():
-    assert not clean_caption("青い髪の女の子", CaptionStage(scripts=("cjk", "hiragana"))).dropped
-    assert not clean_caption("青い髪", CaptionStage(scripts=())).dropped
+    assert not clean_caption("青い髪の女の子", CaptionStage(scripts=("cjk", "hiragana"), languages=("ja",))).dropped
+    assert not clean_caption("青い髪", CaptionStage(scripts=(), languages=())).dropped
     assert clean_caption("a girl 青", CaptionStage()).text == "a girl 青"  # 5 of 6 letters
+
+
+def test_a_caption_whose_language_is_doubtful_is_kept():
+    german = "ein lachender Mensch mit rosa Haaren"
+    assert not clean_caption(german, CaptionStage(languages=("en", "de"))).dropped
+    assert not clean_caption(german, CaptionStage(min_confidence=0.99)).dropped
+    names = ("Pikachu", "konohana kitan, sakura trick", "a quiff", "hatsune miku (vocaloid), twintails")
+    assert [clean_caption(name, CaptionStage()).dropped for name in names] == [""] * 4
+    drawn = [ComicSource(300).caption(index) for index in range(300)]
+    assert not [text for text in drawn if clean_caption(text, CaptionStage()).dropped]
 
 
 def test_long_captions_are_cut_where_a_sentence_ends():
@@ -317,6 +377,7 @@ def test_a_recipe_file_changes_what_it_names_and_nothing_else(tmp_path):
         ("near: {at_mosst: 3}", "'near.at_mosst'.*'near.at_most'"),
         ("safety: {enabled: true}", "safety.*needs a model"),
         ("size: 3", "size"),
+        ("captions: {languages: [english]}", "captions.languages"),
         ("- a", "curate.yaml"),
     ],
 )
@@ -411,3 +472,28 @@ def test_an_endpoint_that_does_not_answer_says_how_to_do_without(server):
     stage = RecaptionStage(enabled=True, model="vlm", endpoint="http://127.0.0.1:9/v1", timeout=1)
     with pytest.raises(ModelError, match=r"no caption.*recaption.enabled to false"):
         load_captioner(stage, pause=lambda seconds: None)(np.asarray(scene(1)), "")
+
+
+def test_a_vision_language_model_in_a_folder_writes_captions(tmp_path):
+    from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipProcessor
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "square"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    text = {**size, "vocab_size": len(words), "encoder_hidden_size": 16, "max_position_embeddings": 32,
+            "bos_token_id": 2, "sep_token_id": 3, "eos_token_id": 3, "pad_token_id": 0}  # fmt: skip
+    config = BlipConfig(text_config=text, vision_config={**size, "image_size": 32, "patch_size": 16})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = BlipForConditionalGeneration(config)
+    head = model.text_decoder.cls.predictions
+    torch.nn.init.zeros_(head.decoder.weight)  # whatever it sees, it writes what the bias says
+    torch.nn.init.zeros_(head.decoder.bias).data[words.index("red")] = 9.0
+    model.save_pretrained(tmp_path)
+    tokenizer = BertTokenizer(str(tmp_path / "vocab.txt"))
+    BlipProcessor(BlipImageProcessorPil(size={"height": 32, "width": 32}), tokenizer).save_pretrained(tmp_path)
+    caption = load_captioner(RecaptionStage(enabled=True, model=str(tmp_path), max_tokens=3))
+    assert caption(np.asarray(scene(1, 40)), "old words") == "red red red"
+    with pytest.raises(ModelError, match="recaption.model .*none: the model cannot be loaded.*enabled to false"):
+        load_captioner(RecaptionStage(enabled=True, model=str(tmp_path / "none")))

@@ -19,7 +19,8 @@ from PIL import Image
 from onestroke.data import Broken, BrokenPicture, Picture, batches, open_folder, plan
 from onestroke.data.comicset import ComicSource
 from onestroke.data.folder import decode
-from onestroke.data.source import Placement, cut, picture_at, place
+from onestroke.data.framing import Placement, cut, place
+from onestroke.data.plan import picture_at
 from onestroke.errors import DataError
 
 

@@ -37,13 +37,14 @@ from onestroke.evaluate.findings import Measured, Missing
 from onestroke.evaluate.gate import judge_gate, parse_gate
 from onestroke.evaluate.intervals import paired_bootstrap
 from onestroke.evaluate.measures import measure_all
-from onestroke.evaluate.observer import Observer, fingerprint, looks
+from onestroke.evaluate.observer import Observer, looks
 from onestroke.evaluate.pictures import DrawnSet, Failed, Order, RealSet, Way, halves, orders_of
 from onestroke.evaluate.prompts import PromptSet, read_prompts, shuffled
 from onestroke.evaluate.report import Report, report_html
 from onestroke.evaluate.scored import Networks, Scored
 from onestroke.evaluate.scorers import OTHER, SCORERS
 from onestroke.evaluate.section import card_section
+from onestroke.families.fingerprint import fingerprint
 from onestroke.sample import draw, make_fast, student_scheduler
 
 CPU = torch.device("cpu")

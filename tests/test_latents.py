@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from onestroke.data.latents import cache_latents, latent_batches
-from onestroke.data.source import BrokenPicture, Picture, batches
+from onestroke.data.loader import batches
+from onestroke.data.source import BrokenPicture, Picture
 from onestroke.errors import DataError, ResourceError
 
 

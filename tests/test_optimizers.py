@@ -16,7 +16,7 @@ def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_orthogonalising_keeps_the_singular_vectors_and_evens_the_singular_values(shape):
     matrix = numbers(*shape)
     u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
-    found = u.T @ orthogonalised(matrix).float() @ vt.T
+    found = u.T @ orthogonalised(torch.stack([numbers(*shape, seed=1), matrix]))[1].float() @ vt.T
     assert found.diagonal().min() > 0.6 and found.diagonal().max() < 1.3
     assert (found - found.diagonal().diag()).abs().max() < 0.05
 
@@ -29,6 +29,22 @@ def test_a_step_on_a_matrix_is_as_large_as_the_rate_says():
     # singular values near 1 give a root mean square of 1 / sqrt(128), which the scaling turns into 0.2
     assert weight.square().mean().sqrt().item() == pytest.approx(0.1 * UPDATE_RMS, rel=0.2)
     assert (weight * weight.grad).sum() < 0
+
+
+def test_matrices_of_one_shape_are_stepped_together_as_each_would_be_alone(monkeypatch):
+    monkeypatch.setattr("onestroke.train.optimizers.BATCH_NUMBERS", 2 * 50 * 60)  # two at a time
+    together = [nn.Parameter(numbers(*shape, seed=k)) for k, shape in enumerate([(50, 60)] * 3 + [(60, 50)])]
+    alone = [nn.Parameter(weight.detach().clone()) for weight in together]
+    optimizer, each = Muon(together, [], learning_rate=0.1), [Muon([w], [], learning_rate=0.1) for w in alone]
+    for step in range(2):
+        for k, (one, two) in enumerate(zip(together, alone, strict=True)):
+            one.grad = two.grad = numbers(*one.shape, seed=10 * step + k)
+        together[1].grad = alone[1].grad = None  # a weight that took no part
+        for muon in (optimizer, *each):
+            muon.step()
+    assert torch.equal(together[1], numbers(50, 60, seed=1))
+    for one, two in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, two, atol=5e-3, rtol=0)  # the fast dtype's rounding
 
 
 def test_a_convolution_is_the_matrix_of_its_output_channels():

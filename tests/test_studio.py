@@ -3,84 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from onestroke.serve.app import build_app
-from onestroke.serve.batcher import Pace
+from tests.browsers import app_of, current, needs_chromium, opened, pixel, scribes, until
 from tests.servers import Scribe, running
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="the studio's test needs Chromium: apt-get install chromium")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync", "--disable-extensions", "--no-first-run"]  # fmt: skip
-PATIENCE = float(os.environ.get("ONESTROKE_BROWSER_SECONDS", "30")) * 1000  # of one wait, on a busy machine
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield chromium
-        chromium.close()
-
-
-@contextmanager
-def opened(browser, address: str):
-    """A page of the studio at `address`; fails if a script failed or another address was asked for anything."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
-    context.set_default_timeout(PATIENCE)
-    page, faults = context.new_page(), []
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on(
-        "request", lambda request: request.url.startswith((address, "blob:", "data:")) or faults.append(request.url)
-    )
-    page.goto(address)
-    page.wait_for_selector("body[data-ready]")
-    try:
-        yield page
-    finally:
-        context.close()
-    assert faults == []
-
-
-def scribes() -> tuple[Scribe, Scribe]:
-    """Student and teacher whose pictures are flat: red is the seed, green the steps."""
-    student, teacher = Scribe("student"), Scribe("teacher")
-    teacher.steps = 25
-    return student, teacher
-
-
-def app_of(*drawers):
-    return build_app(drawers, pace=Pace(wait=0.0), with_page=True)
-
-
-def current(page) -> None:
-    page.wait_for_selector("#panel-state[data-state=current]")
-
-
-def until(page, script: str) -> None:
-    """Wait until `script` is true; playwright's own waiting evaluates in the page, whose policy forbids it."""
-    deadline = time.monotonic() + PATIENCE / 1000
-    while not page.evaluate(script):
-        assert time.monotonic() < deadline, script
-        page.wait_for_timeout(30)
-
-
-def pixel(page, panel: int = 0) -> list[int]:
-    """The middle of a panel as the page shows it."""
-    script = """i => { const c = document.querySelectorAll(".panel canvas")[i];
-      return [...c.getContext("2d").getImageData(c.width / 2, c.height / 2, 1, 1).data].slice(0, 3); }"""
-    return page.evaluate(script, panel)
+pytestmark = needs_chromium
 
 
 def test_the_artists_path(browser, tmp_path):
@@ -181,14 +114,16 @@ def save_and_reopen(page, student: Scribe, tmp_path) -> dict:
 
 def export(page, project: dict, tmp_path) -> None:
     page.click("#export")
-    assert "effectively" in page.inner_text("#export-facts")
+    assert "effectively" in page.inner_text("#export-panels")
     with page.expect_download() as exporting:
         page.click("#export-go")
     exporting.value.save_as(tmp_path / "page.png")
     image = Image.open(tmp_path / "page.png")
     assert image.width == 1988 and image.info["dpi"][0] == pytest.approx(300, abs=0.1)
     panels = json.loads(image.text["onestroke"])["panels"]
-    expected = project["panels"][1]
+    assert panels[1]["enlarged"]["by"].startswith("Lanczos") and panels[1]["enlarged"]["times"] > 10
+    assert panels[1]["enlarged"]["effective_dpi"] == pytest.approx(300 / panels[1]["enlarged"]["times"], abs=1)
+    expected = project["pages"][0]["panels"][1]
     assert {name: panels[1][name] for name in ("prompt", "seed", "steps")}.items() <= expected.items()
     assert len(image.convert("RGB").getcolors(2**24)) > 20  # frames, pictures, letters
 
@@ -203,7 +138,8 @@ def test_a_strangers_file_runs_nothing(browser):
             "panels": [{"prompt": "<b onload=alert(1)>", "seed": 5, "steps": 1, "model": "", "fit": "whole"}] * 9,
         }  # fmt: skip
         for bad in (
-            {"layout": "__proto__"}, {"panels": []}, {"version": 2}, {"balloons": [{"kind": "speech", "text": 7}]},
+            {"layout": "__proto__"}, {"panels": []}, {"version": 2}, {"version": 3},
+            {"balloons": [{"kind": "speech", "text": 7}]},
             {"pictures": {"k": "javascript:alert(1)"}}, {"pictures": {"k": "data:image/svg+xml;base64,AAAA"}},
         ):  # fmt: skip
             page.set_input_files("#open-file", file_with(good | bad))
@@ -240,6 +176,72 @@ def test_the_teacher_is_compared_and_kept_and_a_lost_connection_loses_nothing(br
         page.reload()
         page.wait_for_selector("body[data-ready]")
         assert page.input_value("#prompt") == "typed without a server"
+
+
+def test_a_lora_is_chosen_where_the_server_has_some_and_undone_saved_and_told(browser, tmp_path):
+    student, teacher = scribes()
+    student.loras = {"ink": tmp_path / "ink.safetensors", "wash": tmp_path / "wash.safetensors"}
+    with running(app_of(student, teacher)) as address, opened(browser, address) as page:
+        current(page)
+        assert page.locator("#lora option").all_inner_texts() == ["None", "ink", "wash"]
+        assert page.is_disabled("#lora-scale")
+        page.select_option("#lora", "wash")
+        until(page, "document.querySelector('#panel-state').dataset.state === 'current'")
+        assert pixel(page) == [1, 1, 100] and student.batches[-1][0].lora == ("wash", 1.0)
+        page.fill("#lora-scale", "0.5")
+        until(page, "document.querySelector('#panel-state').dataset.state === 'current'")
+        assert pixel(page) == [1, 1, 50] and page.inner_text("#lora-told") == "0.50"
+        page.click(".panel >> nth=1")
+        assert page.input_value("#lora") == ""  # a panel's own
+        page.click(".panel >> nth=0")
+        # undo and redo, without drawing
+        drawn = len(student.batches)
+        page.click("#undo")
+        assert pixel(page) == [1, 1, 100]
+        page.click("#undo")
+        assert pixel(page) == [1, 1, 0] and page.input_value("#lora") == ""
+        page.click("#redo")
+        page.click("#redo")
+        assert pixel(page) == [1, 1, 50] and len(student.batches) == drawn
+        # the project's file, the exported page and the saved picture say it
+        with page.expect_download() as saving:
+            page.click("#save")
+        project = json.loads(saving.value.path().read_text())
+        assert project["pages"][0]["panels"][0]["lora"] == {"name": "wash", "scale": 0.5}
+        with page.expect_download() as saving:
+            page.click("#save-picture")
+        assert Image.open(saving.value.path()).text["lora"] == "wash at 0.5"
+        page.click("#export")
+        with page.expect_download() as exporting:
+            page.click("#export-go")
+        told = json.loads(Image.open(exporting.value.path()).text["onestroke"])["panels"][0]
+        assert told["lora"] == {"name": "wash", "scale": 0.5}
+        # the teacher has none of them: it is compared and kept without
+        page.click("#compare")
+        page.wait_for_selector("[data-compare=keep]:enabled")
+        page.click("[data-compare=keep]")
+        current(page)
+        assert pixel(page) == [1, 25, 0] and page.is_hidden("#lora-area")
+        page.click("#undo")
+        assert page.input_value("#lora") == "wash"
+        # a file that names another one keeps it, and says that this server has none of that name
+        other = project["pages"][0]["panels"][0]["lora"] = {"name": "from-elsewhere", "scale": -1.5}
+        page.set_input_files("#open-file", file_with(project))
+        page.wait_for_selector("#panel-state[data-state=fault]")
+        assert "there is no LoRA 'from-elsewhere'" in page.inner_text("#notices")
+        assert page.locator("#lora option:checked").inner_text() == "from-elsewhere (not on this server)"
+        with page.expect_download() as saving:
+            page.click("#save")
+        assert json.loads(saving.value.path().read_text())["pages"][0]["panels"][0]["lora"] == other
+        project["pages"][0]["panels"][0]["lora"] = {"name": "ink", "scale": 3}
+        page.set_input_files("#open-file", file_with(project))
+        until(page, "/LoRA's strength is no number from -2 to 2/.test(document.querySelector('#toast').textContent)")
+
+
+def test_without_loras_the_page_offers_none(browser):
+    with running(app_of(*scribes())) as address, opened(browser, address) as page:
+        current(page)
+        assert page.is_hidden("#lora-area")
 
 
 def file_with(project: dict) -> dict:

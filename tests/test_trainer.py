@@ -11,8 +11,11 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,13 +26,18 @@ from tiny_runs import endless, tiny_batch, tiny_dinov2, tiny_recipe, tiny_traine
 from torch import nn
 
 from onestroke.api import distill
+from onestroke.data.buckets import assign
+from onestroke.data.facts import identity_of, measured_sizes
+from onestroke.data.folder import open_folder
 from onestroke.errors import CheckpointError, NonFiniteLoss, ResourceError
+from onestroke.ownership import sole_owner
 from onestroke.train import checkpoint
 from onestroke.train.checkpoint import list_checkpoints, load_newest, save_checkpoint
 from onestroke.train.method import Loss, OptimizerSettings, Player
 from onestroke.train.run import run_training
 from onestroke.train.tracking import read_metrics
 from onestroke.train.trainer import Trainer, TrainSettings, ema_decay, learning_rate
+from onestroke.train.writer import CheckpointWriter
 from onestroke.types import Batch
 
 torch.set_num_threads(1)
@@ -299,12 +307,84 @@ def test_a_second_run_in_the_same_folder_at_the_same_time_is_refused(tmp_path):
     assert run(duel(num_images=4), tmp_path)  # and afterwards it is free
 
 
-def test_another_recipe_in_the_same_folder_is_refused_with_the_line_that_differs(tmp_path):
-    run(duel(), tmp_path, recipe="a: 1\nrate: 0.5\n")
+OWN_AND_FORK = """
+import os, sys, time
+from pathlib import Path
+from onestroke.ownership import sole_owner
+with sole_owner(Path(sys.argv[1])):
+    if not os.fork():
+        print(os.getpid(), flush=True)  # the worker itself: the fork's hooks have run in it
+    time.sleep(60)
+"""
+
+
+def test_a_killed_run_leaves_its_folder_free_though_its_workers_are_still_there(tmp_path):
+    command = [sys.executable, "-c", OWN_AND_FORK, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        worker = int(process.stdout.readline())
+        with pytest.raises(CheckpointError, match="another run is writing"), sole_owner(tmp_path):
+            pass
+        process.kill()
+        process.wait()
+        os.kill(worker, 0)  # it is there
+        with sole_owner(tmp_path):
+            os.kill(worker, signal.SIGKILL)
+
+
+def test_another_recipe_in_the_same_folder_is_refused_with_the_keys_that_differ(tmp_path):
+    before = "a: 1\nadam:\n  rate: 0.5\n  betas: [0, 1]\ntrain:\n  parallel: ddp\n"
+    run(duel(), tmp_path, recipe=before)
     with pytest.raises(CheckpointError) as caught:
-        run(duel(), tmp_path, recipe="a: 1\nrate: 0.25\n")
-    assert "rate: 0.5 -> rate: 0.25" in str(caught.value) and "\n" not in str(caught.value)
-    assert (tmp_path / "recipe.yaml").read_text() == "a: 1\nrate: 0.5\n"
+        run(duel(), tmp_path, recipe="a: 1\nnew: 3\nadam:\n  rate: 0.25\n  betas: [0, 1]\n")
+    assert "(new: None -> 3, adam.rate: 0.5 -> 0.25)" in str(caught.value) and "\n" not in str(caught.value)
+    assert (tmp_path / "recipe.yaml").read_text() == before
+    run(duel(), tmp_path, recipe=before.replace("ddp", "fsdp"))  # which changes nothing that is learnt
+    assert "fsdp" in (tmp_path / "recipe.yaml").read_text()
+
+
+def test_a_run_of_a_time_when_the_recipe_had_fewer_keys_goes_on_with_their_defaults_alone(tmp_path):
+    run(duel(), tmp_path, recipe="a: 1\n")
+    run(duel(), tmp_path, recipe="a: 1\ndecode: {margin: null}\n")
+    (tmp_path / "recipe.yaml").write_text("a: 1\n")
+    with pytest.raises(CheckpointError, match=r"\(decode.margin: None -> 2\)"):
+        run(duel(), tmp_path, recipe="a: 1\ndecode: {margin: 2}\n")
+
+
+def test_a_run_that_began_with_other_pictures_is_refused_until_its_record_is_deleted(tmp_path):
+    before = {"number of pictures": 40, "file names": 7}
+    run(duel(), tmp_path, pictures=before, minutes=0)
+    with pytest.raises(CheckpointError, match=r"other pictures \(40 -> 39\)\. Put them back") as caught:
+        run(duel(), tmp_path, pictures=before | {"number of pictures": 39})
+    with pytest.raises(CheckpointError, match=r"other pictures \(file names\)"):
+        run(duel(), tmp_path, pictures=before | {"file names": 8})
+    assert "\n" not in str(caught.value) and f"delete {tmp_path / 'pictures.yaml'}" in str(caught.value)
+    (tmp_path / "pictures.yaml").unlink()
+    assert run(duel(), tmp_path, pictures=before | {"file names": 8})
+
+
+def test_pictures_are_told_apart_by_their_names_and_their_buckets_and_not_by_when_they_were_written(tmp_path):
+    source = open_folder(write_folder(tmp_path, rounds=2))
+    square, split = (32, 32), assign(measured_sizes(source), ((32, 16), (16, 32)), batch_size=2)
+    found = identity_of(source, square)
+    os.utime(tmp_path / "0.png", (1, 1))
+    assert identity_of(open_folder(tmp_path), square) == found and found["number of pictures"] == 12
+    assert identity_of(source, split) == found | {"sizes": identity_of(source, split)["sizes"]}
+    assert identity_of(source, split) != identity_of(source, replace(split, members=split.members[::-1]))
+    write_folder(tmp_path)  # six of them have no caption now
+    assert identity_of(open_folder(tmp_path), square)["number of pictures"] == 6
+
+
+def test_a_run_is_evaluated_at_the_same_pictures_whether_or_not_it_is_stopped(tmp_path):
+    """Batches of 4: 12, 20, 32 and 40 are the first at or beyond a multiple of 10; the end counts too."""
+    at: list[int] = []
+    for name, minutes in (("straight", (None,)), ("stopped", (0, 0, 0, 0, None))):
+        for limit in minutes:
+            trainer = duel(num_images=44)
+            run(
+                trainer, tmp_path / name, minutes=limit, evaluate_images=10,
+                on_evaluate=lambda log, trainer=trainer: at.append(trainer.images),
+            )  # fmt: skip
+    assert at == [12, 20, 32, 40, 44] * 2
 
 
 def test_the_numbers_of_every_step_reach_the_log_once_each(tmp_path):
@@ -337,13 +417,14 @@ def half_then(error: BaseException):
 ])  # fmt: skip
 def test_a_full_disk_leaves_the_last_checkpoint_whole_and_the_run_continues_from_it(error, tmp_path, monkeypatch):
     """The second is what torch makes of a write that failed half-way."""
+    save, fail = torch.save, half_then(error)
 
-    def fill_the_disk(progress, left):
-        if progress.step == 3:
-            monkeypatch.setattr(checkpoint.torch, "save", half_then(error))
+    def filled_by_the_third(state, file):
+        (fail if state["step"] == 3 else save)(state, file)
 
+    monkeypatch.setattr(checkpoint.torch, "save", filled_by_the_third)
     with pytest.raises(ResourceError, match="Free disk space") as caught:
-        run(duel(), tmp_path / "full", observe=fill_the_disk)
+        run(duel(), tmp_path / "full")
     assert "\n" not in str(caught.value)
     assert [path.name for path in sorted((tmp_path / "full/checkpoints").iterdir())] == [
         "images-000000000004.pt", "images-000000000008.pt",
@@ -352,6 +433,39 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_the_run_continues_from
     assert run(duel(), tmp_path / "full")
     run(duel(), tmp_path / "straight")
     assert_identical(load_newest(tmp_path / "full/checkpoints"), load_newest(tmp_path / "straight/checkpoints"))
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_which_holds_the_state_of_then(tmp_path, monkeypatch):
+    """The checkpoint of the second step is held up until the fourth is made; that of the fourth waits for it."""
+    trainer, save, expected, written, made_four = duel(), torch.save, [], [], threading.Event()
+
+    def slow_save(state, file):
+        assert made_four.wait(timeout=60)
+        written.append(state["step"])
+        save(state, file)
+
+    monkeypatch.setattr(checkpoint.torch, "save", slow_save)
+    with CheckpointWriter(tmp_path, keep=2) as writer:
+        for progress in trainer.run(slots):
+            if progress.step == 4:
+                assert written == []
+                made_four.set()
+            if progress.step in (2, 4):
+                writer.begin(trainer.state())
+                expected.append(deepcopy(trainer.state()))
+    assert written == [2, 4] and trainer.step == 10
+    for path, state in zip(list_checkpoints(tmp_path), expected, strict=True):
+        assert_identical(torch.load(path, weights_only=True), state)
+
+
+def test_leaving_by_an_error_finishes_the_checkpoint_that_is_being_written(tmp_path, monkeypatch):
+    trainer, save = duel(), torch.save
+    monkeypatch.setattr(checkpoint.torch, "save", lambda state, file: (time.sleep(0.3), save(state, file)))
+    with pytest.raises(ZeroDivisionError), CheckpointWriter(tmp_path, keep=2) as writer:
+        next(trainer.run(slots))
+        writer.begin(trainer.state())
+        raise ZeroDivisionError
+    assert load_newest(tmp_path)["step"] == 1
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -107,11 +107,11 @@ def tiny_dinov2(folder: Path) -> Path:
     return folder
 
 
-def write_folder(folder: Path) -> Path:
-    """An imagefolder of captioned pictures of six sizes."""
+def write_folder(folder: Path, *, rounds: int = 1) -> Path:
+    """An imagefolder of captioned pictures of six sizes, `rounds` of each."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for i, size in enumerate(SIZES):
+    for i, size in enumerate(SIZES * rounds):
         Image.radial_gradient("L").resize(size).convert("RGB").rotate(30 * i).save(folder / f"{i}.png")
         lines.append(json.dumps({"file_name": f"{i}.png", "text": f"picture number {i}"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))

@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from pathlib import Path
 
 import yaml
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from torch import nn
 
-from onestroke.build import add_trainer, pipeline_of, source_of, teacher_of
-from onestroke.config import Recipe, load_recipe, recipe_from
+from onestroke.build import (
+    add_trainer,
+    encoded_of,
+    pipeline_of,
+    sizes_of,
+    source_of,
+    teacher_of,
+    whole_teacher,
+    yardstick_of,
+)
+from onestroke.config import LoraRecipe, Recipe, load_recipe, recipe_from
 from onestroke.data.comicset.dataset import write_comicset as comicset
-from onestroke.data.source import Broken, batches
+from onestroke.data.facts import identity_of
+from onestroke.data.loader import batches
+from onestroke.data.source import Broken, StoredSource
 from onestroke.distill.add import STUDENT
+from onestroke.distill.lora import Adapter
 from onestroke.export import export_folder, student_pipeline
 from onestroke.families.model import DiffusionModel
+from onestroke.lora import factors_of, merge_lora, save_lora
 from onestroke.sample import make_fast
+from onestroke.train.evaluation import BEST, Evaluation, Tell, baseline_of
+from onestroke.train.folder import check_recipe
+from onestroke.train.ranks import check_same, joined, num_ranks, rank
 from onestroke.train.run import Observer, run_training
 from onestroke.train.samples import SamplePainter
 from onestroke.train.trainer import Trainer
@@ -40,23 +58,49 @@ def distill(
     overrides: Iterable[str] = (),
     minutes: float | None = None,
     observe: Observer = lambda progress, left: None,
+    tell: Tell = logging.getLogger(__name__).info,
 ) -> Path:
     """Distil a teacher by ADD; returns the folder of the student, a diffusers pipeline.
 
     `recipe`: a `Recipe`, a YAML file, or a packaged name. `overrides`: "section.key=value". A run that was stopped is
     continued from `out`; broken pictures are skipped, counted and logged at the end.
-    `observe(progress, seconds_left)` is called after every step.
+    `observe(progress, seconds_left)` is called after every step, `tell(line)` with what is found now and then. Under
+    torchrun all processes train together, and the first alone observes and writes.
     """
+    with joined():
+        return _distil(recipe, Path(out), overrides, minutes, observe, tell)
+
+
+def _distil(
+    recipe: Recipe | str | Path,
+    out: Path,
+    overrides: Iterable[str],
+    minutes: float | None,
+    observe: Observer,
+    tell: Tell,
+) -> Path:
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
     elif overrides:
         recipe = recipe_from(recipe.model_dump(), overrides)
-    out = Path(out)
+    recipe_text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    check_same(f"{recipe_text}out: {out}")
     teacher = teacher_of(recipe)
     source = source_of(recipe.data, seed=recipe.seed)
-    trainer = add_trainer(recipe, teacher)
-    size = (recipe.data.size, recipe.data.size)
+    size = sizes_of(recipe, source, teacher)
     settings = recipe.train
+    yardstick, baseline = None, None
+    if settings.evaluate_images:
+        if rank() == 0:
+            check_recipe(out, recipe_text)  # the teacher draws nothing into the folder of another run
+            yardstick = yardstick_of(recipe, source)
+        baseline = baseline_of(yardstick, teacher, recipe, out, tell=tell)
+    trainer = add_trainer(recipe, teacher)
+    encoded = encoded_of(recipe, source, trainer.method)
+    pictures = identity_of(source, size) if isinstance(source, StoredSource) else {}
+    check_same(
+        yaml.safe_dump(pictures), what="set of pictures", fix="Give every process the same folder, with the same files."
+    )
     broken = Broken(len(source), recipe.data.max_broken_share)
 
     def batches_from(first_slot: int):
@@ -69,22 +113,40 @@ def distill(
             seed=recipe.seed,
             random_flip=recipe.data.random_flip,
             crop=recipe.data.crop,
+            num_crops=recipe.data.crops_per_image,
             num_workers=recipe.data.num_workers,
             broken=broken,
+            encoded=encoded,
+            rank=rank(),
+            num_ranks=num_ranks(),
         )
 
     painter = SamplePainter(teacher, trainer, recipe, [source.caption(index) for index in range(min(4, len(source)))])
+    evaluation = Evaluation(
+        yardstick,
+        baseline,
+        teacher,
+        trainer,
+        recipe,
+        out,
+        keep=lambda weights, folder, notes: write_student(weights, teacher, recipe, folder, trainer.images, notes),
+        tell=tell,
+    )
     run_training(
         trainer,
         batches_from,
         out,
-        recipe_text=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False),
+        recipe_text=recipe_text,
+        pictures=pictures,
         minutes=minutes,
         checkpoint_minutes=settings.checkpoint_minutes,
         keep_checkpoints=settings.keep_checkpoints,
         observe=observe,
         on_samples=painter,
         sample_images=settings.sample_images,
+        on_evaluate=evaluation if settings.evaluate_images else None,
+        evaluate_images=settings.evaluate_images,
+        on_alarm=settings.on_alarm,
     )
     if broken:
         logging.getLogger(__name__).warning("%s", broken)
@@ -92,9 +154,42 @@ def distill(
 
 
 def export_student(trainer: Trainer, teacher: DiffusionModel, recipe: Recipe, out: Path) -> Path:
-    """Write the averaged student as a diffusers folder with its model card."""
+    """Write the averaged student as a diffusers folder with its model card; a LoRA student's adapter beside it.
+
+    `lora/` loads on the teacher by diffusers' `load_lora_weights`; `lora-kohya.safetensors` is for other programs. Of
+    several processes the first writes.
+    """
+    weights = trainer.whole(STUDENT, average=True)
+    return out if weights is None else write_student(weights, teacher, recipe, out, trainer.images)
+
+
+def write_student(
+    weights: nn.Module,
+    teacher: DiffusionModel,
+    recipe: Recipe,
+    out: Path,
+    images: int,
+    notes: Mapping[str, str] | None = None,
+) -> Path:
+    """The same of a student's weights after `images` pictures; `notes`: text files for the folder, by name."""
     from onestroke.card import model_card
 
-    unet = trainer.averages[STUDENT]
+    unet, teacher = weights, whole_teacher(teacher)
+    if recipe.student.lora is not None:
+        unet = _merged(weights, teacher, recipe.student.lora, out)
     pipeline = student_pipeline(teacher, unet, prediction_type=recipe.student.prediction_type)
-    return export_folder(pipeline, out, card=model_card(recipe, images=trainer.images))
+    return export_folder(pipeline, out, card=model_card(recipe, images=images), notes=notes)
+
+
+def _merged(adapter: nn.Module, teacher: DiffusionModel, recipe: LoraRecipe, out: Path) -> UNet2DConditionModel:
+    """Write the adapter beside `out`, that of the best student as best-lora; the teacher's UNet with it merged in."""
+    assert isinstance(adapter, Adapter)
+    factors = factors_of(adapter.named(), recipe.scaling / recipe.rank)
+    is_sdxl = teacher.family.name == "sdxl"
+    name = "best-lora" if out.name == BEST else "lora"
+    diffusers_file = out.parent / name / "pytorch_lora_weights.safetensors"
+    save_lora(factors, diffusers_file, teacher.unet, layout="diffusers", is_sdxl=is_sdxl)
+    save_lora(factors, out.parent / f"{name}-kohya.safetensors", teacher.unet, layout="kohya", is_sdxl=is_sdxl)
+    unet = deepcopy(teacher.unet)
+    merge_lora(unet, factors)
+    return unet

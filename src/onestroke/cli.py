@@ -23,6 +23,7 @@ app.add_typer(bench, name="bench")
 data_app = typer.Typer(help="Look at a set of pictures.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 console = Console()
+NO_MEMORY = ("out of memory", "can't allocate memory")  # what a GPU's and a CPU's allocator say
 GATE_FAILED = 3  # exit status: measured, and not good enough; 1 is an error
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where the result goes.")]
@@ -61,6 +62,32 @@ def distill(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or a packaged name: mini, sdxl-anime, sd15.")],
+    overrides: Set = None,
+    device: Annotated[str | None, typer.Option(help="Such as h100-80gb; none: this machine, measured.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Devices that share each batch.")] = 1,
+) -> None:
+    """What a run will need, before anything is loaded: memory by part, step time, total time; and what to change."""
+    from onestroke.commands.plan import run_plan
+
+    run_plan(recipe, overrides or [], device, count, console=console)
+
+
+@app.command("lora-extract")
+def lora_extract(
+    student: Annotated[str, typer.Argument(help="A distilled model: a folder, hub id or checkpoint.")],
+    teacher: Annotated[str, typer.Argument(help="What it was distilled from.")],
+    rank: Annotated[int, typer.Option(min=1, help="Numbers kept a layer: more is closer, and larger.")] = 64,
+    out: Out = Path("lora"),
+) -> None:
+    """Write what a student learnt as a LoRA adapter for its teacher, for diffusers and in kohya's layout."""
+    from onestroke.commands.lora import run_lora_extract
+
+    run_lora_extract(student, teacher, out, rank=rank, console=console)
+
+
+@app.command()
 def generate(
     prompt: str,
     out: Out = Path("out.png"),
@@ -69,16 +96,23 @@ def generate(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     guidance: Annotated[float, typer.Option(min=0.0, help="0 for a student; a teacher wants 2 to 8.")] = 0.0,
     count: Annotated[int, typer.Option(min=1, max=64, help="Pictures, of seeds from --seed on, side by side.")] = 1,
+    width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8; none: the model's own.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8; none: the model's own.")] = None,
 ) -> None:
     """Draw a picture from words."""
     from onestroke.commands.generate import run_generate
 
-    run_generate(prompt, out, model, steps=steps, seed=seed, guidance=guidance, count=count, console=console)
+    run_generate(
+        prompt, out, model, steps=steps, seed=seed, guidance=guidance, count=count, console=console, width=width,
+        height=height,
+    )  # fmt: skip
 
 
 @app.command()
 def pretrain(
-    data: Annotated[Path | None, typer.Option(help="A folder of captioned pictures; none: the embedded ones.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Captioned pictures, as for distill; none: the embedded ones.")
+    ] = None,
     size: Annotated[int, typer.Option(help="Pixels a side, a multiple of 16.")] = 128,
     start: Annotated[str | None, typer.Option(help="Go on from this teacher: embedded-teacher, or a folder.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a setting: key=value.")] = None,
@@ -124,29 +158,49 @@ def comicset(
 
 @app.command()
 def curate(
-    sources: Annotated[list[str], typer.Argument(help="Folders of pictures or shards, .tar and .parquet files.")],
+    sources: Annotated[list[str], typer.Argument(help="Folders, .tar or .parquet files, addresses, datasets:NAME.")],
     out: Out,
     recipe: Annotated[Path | None, typer.Option(help="The stages and their thresholds, e.g. curate.yaml.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; none: one a core.")] = None,
+    ray: Annotated[str | None, typer.Option(help='A Ray cluster, as HOST:PORT or "auto", or "local".')] = None,
 ) -> None:
     """Turn a heap of pictures into clean WebDataset shards, an index and a page that says what was dropped and why."""
     from onestroke.commands.curate import run_curate
 
-    run_curate(sources, out, recipe, workers, console=console)
+    run_curate(sources, out, recipe, workers, ray=ray, console=console)
+
+
+@app.command()
+def encode(
+    data: Annotated[str, typer.Argument(help="Captioned pictures: a folder, shards, an address, datasets:NAME.")],
+    recipe: Annotated[str | None, typer.Option(help="The recipe that will be distilled by.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="A diffusers folder, hub id or .safetensors checkpoint.")] = None,
+    overrides: Set = None,
+) -> None:
+    """Encode a set once for all its distillations: latents with crops and flips, image and text embeddings."""
+    from onestroke.commands.encode import run_encode
+
+    run_encode(data, recipe, teacher, overrides or [], console=console)
 
 
 @data_app.command("inspect")
 def data_inspect(
-    folder: Annotated[Path, typer.Argument(help="A folder of captioned pictures or shards.")],
+    folder: Annotated[str, typer.Argument(help="Captioned pictures: a folder, shards, an address, datasets:NAME.")],
     size: Annotated[int, typer.Option(min=8, max=8192, help="Pixels a side that will be trained on.")] = 512,
+    buckets: Annotated[str, typer.Option(help="none, sdxl or computed, as data.buckets.")] = "none",
+    num_buckets: Annotated[int, typer.Option(min=1, max=64, help="Computed ones, at most.")] = 12,
+    batch_size: Annotated[int, typer.Option(min=1, help="A bucket that cannot fill a batch is dissolved.")] = 1,
     crop: Annotated[str, typer.Option(help="center or random.")] = "center",
     sample: Annotated[int, typer.Option(min=1, help="Pictures looked at, at most.")] = 1000,
     out: Out = Path("contact-sheet.png"),
 ) -> None:
-    """What is in a set, and what a trainer will see of it after crops: numbers, and a contact sheet as a PNG."""
+    """What is in a set, and what a trainer will see after buckets and crops: numbers, and a contact sheet as a PNG."""
     from onestroke.commands.inspection import run_inspect
 
-    run_inspect(folder, out, size=size, crop=crop, sample=sample, console=console)
+    run_inspect(
+        folder, out, size=size, crop=crop, sample=sample, console=console, buckets=buckets, num_buckets=num_buckets,
+        batch_size=batch_size,
+    )  # fmt: skip
 
 
 @app.command()
@@ -265,6 +319,7 @@ def ablate(
 Host = Annotated[str, typer.Option(help="The address to listen on; any but this machine's own needs a token.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")]
 Token = Annotated[str | None, typer.Option(envvar="ONESTROKE_TOKEN", help="What clients must send as their API key.")]
+Loras = Annotated[Path | None, typer.Option(help="A folder of LoRAs that requests, and the studio, may name.")]
 Names = Annotated[list[str] | None, typer.Option("--allow-host", help="A name that the server may be called by.")]
 
 
@@ -279,15 +334,30 @@ def serve(
     wait_ms: Annotated[float, typer.Option(min=0.0, max=5.0, help="How long a request waits for company.")] = 5.0,
     max_batch: Annotated[int, typer.Option(min=1, max=256, help="Pictures drawn together.")] = 16,
     max_queue: Annotated[int, typer.Option(min=1, help="Pictures that wait before others are refused.")] = 128,
+    also: Annotated[list[str] | None, typer.Option(help="A further model, as MODEL or NAME=MODEL.")] = None,
+    memory_gb: Annotated[float | None, typer.Option(min=0.0, help="Weights of models that are loaded at once.")] = None,
+    loras: Loras = None,
+    rate: Annotated[float | None, typer.Option(min=1.0, help="Pictures a minute for one address.")] = None,
+    safety: Annotated[str | None, typer.Option(help="An image classifier that looks at every picture.")] = None,
+    safety_block: Annotated[list[str] | None, typer.Option(help="A label of it to withhold (nsfw).")] = None,
+    safety_threshold: Annotated[float, typer.Option(min=0.0, max=1.0, help="From which probability on.")] = 0.5,
+    replicas: Annotated[int | None, typer.Option(min=1, help="That many servers of it, by Ray Serve.")] = None,
+    autoscale: Annotated[str | None, typer.Option(help="LOW:HIGH servers of it, by how much is asked.")] = None,
+    ray: Annotated[str | None, typer.Option(help='Where they run: HOST:PORT, "auto", or "local", the default.')] = None,
 ) -> None:
     """Serve a model: OpenAI's image API, a WebSocket for live drawing, and Prometheus's figures."""
-    from onestroke.commands.serve import Address, run_serve
+    from onestroke.commands.serve import Address, House, Offer, run_serve
 
     address = Address(host, port, tuple(allow_host or ()), token)
-    run_serve(
-        model, teacher, address,
-        wait_ms=wait_ms, max_batch=max_batch, max_queue=max_queue, with_page=False, console=console,
-    )  # fmt: skip
+    blocked = tuple(safety_block or ("nsfw",))
+    house = House(tuple(also or ()), memory_gb, loras, rate, safety, blocked, safety_threshold)
+    offer = Offer(model, teacher, address, house, wait_ms, max_batch, max_queue)
+    if ray is None and replicas is None and autoscale is None:
+        run_serve(offer, console=console)
+        return
+    from onestroke.commands.replicas import Replicas, run_replicas
+
+    run_replicas(offer, Replicas.of(replicas, autoscale, ray), console=console)
 
 
 @app.command()
@@ -298,13 +368,14 @@ def studio(
     port: Port = 8188,
     token: Token = None,
     allow_host: Names = None,
+    loras: Loras = None,
 ) -> None:
     """Open the studio: a comic page in the browser whose panels redraw while you type."""
-    from onestroke.commands.serve import Address, run_serve
+    from onestroke.commands.serve import Address, House, Offer, run_serve
 
     address = Address(host, port, tuple(allow_host or ()), token)
     teacher = "embedded-teacher" if teacher is None and model == "embedded" else teacher
-    run_serve(model, teacher, address, wait_ms=2.0, max_batch=16, max_queue=128, with_page=True, console=console)
+    run_serve(Offer(model, teacher, address, House(loras=loras), wait_ms=2.0, with_page=True), console=console)
 
 
 @app.command()
@@ -324,6 +395,21 @@ def bench_train_step(
     from onestroke.commands.bench import run_train_step
 
     run_train_step(batch_size, rounds, console)
+
+
+@bench.command("loader")
+def bench_loader(
+    data: Annotated[
+        str | None, typer.Argument(help="What training would read; none: comic pictures in shards.")
+    ] = None,
+    size: Annotated[int, typer.Option(min=8, help="Pixels a side that they are cut to.")] = 128,
+    source_size: Annotated[int, typer.Option(min=8, help="Pixels a side of the comic pictures.")] = 256,
+    images: Annotated[int, typer.Option(min=16, help="Pictures to read.")] = 1000,
+) -> None:
+    """Pictures a second that the trainer's loader reads, decodes and cuts on one core."""
+    from onestroke.commands.bench_loader import run_loader
+
+    run_loader(data, size, source_size, images, console)
 
 
 @bench.command("inference")
@@ -353,7 +439,7 @@ def main() -> None:
         if isinstance(error, click.ClickException):
             error.show()
             sys.exit(error.exit_code)
-        if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
+        if isinstance(error, MemoryError) or any(words in str(error).lower() for words in NO_MEMORY):
             print(
                 "onestroke: the device has no room. Lower train.micro_batch_size or data.size, or set "
                 "student.gradient_checkpointing=true.",

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from onestroke.errors import RecipeError
 
-Precision = Literal["float32", "bfloat16", "float16", "float64"]
+Precision = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Kind = TypeVar("Kind", bound="Section")
 
 
@@ -29,7 +29,8 @@ class Section(BaseModel):
 class OptimizerRecipe(Section):
     """AdamW or Muon. ADD's paper gives neither rates nor betas: ours, between its published neighbours."""
 
-    kind: Literal["adamw", "muon"] = "adamw"  # muon: orthogonalised momentum for matrices, AdamW for the rest
+    kind: Literal["adamw", "adamw8bit", "muon"] = "adamw"  # adamw8bit: a byte for each moment of a weight (torchao);
+    # muon: orthogonalised momentum for matrices, AdamW for the rest
     learning_rate: float = Field(1e-6, gt=0)
     betas: tuple[float, float] = (0.0, 0.99)  # no momentum: the other player moves
     eps: float = Field(1e-8, gt=0)
@@ -53,6 +54,8 @@ class TeacherRecipe(Section):
     min_t: float = Field(0.02, ge=0, lt=1)  # lowest and highest teacher timestep, as shares of the schedule
     max_t: float = Field(0.98, gt=0, le=1)
     negative_prompt: str = "unrealistic, blurry, low quality, out of focus, ugly, low contrast"  # for nfsd
+    fp8: Literal["none", "weights", "dynamic"] = "none"  # its linear layers in float8 (torchao): kept so, computed in
+    # the dtype of before; or multiplied so too (Ada, Hopper)
 
     @model_validator(mode="after")
     def _ordered(self):
@@ -69,6 +72,20 @@ class UnetRecipe(Section):
     transformer_layers_per_block: tuple[int, ...] | None = None
 
 
+class LoraRecipe(Section):
+    """A student that is a low-rank adapter on the teacher (LoRA, arXiv 2106.09685)."""
+
+    rank: int = Field(64, ge=1)
+    alpha: float | None = Field(None, gt=0)  # the adapter's product counts alpha / rank times; None: rank
+    targets: tuple[str, ...] = Field(
+        ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"), min_length=1
+    )  # ends of layers' names, inside the UNet's blocks
+
+    @property
+    def scaling(self) -> float:
+        return self.rank if self.alpha is None else self.alpha
+
+
 class StudentRecipe(Section):
     source: str | None = None  # continue this student: a diffusers folder; None starts from the teacher
     init: Literal["teacher", "random"] = "teacher"
@@ -77,6 +94,7 @@ class StudentRecipe(Section):
     timestep_weights: tuple[float, ...] | None = None  # how often each is trained, noisiest first; None is uniform
     ema_images: float = Field(20_000, gt=0)  # half-life of the weights' average, in pictures
     unet: UnetRecipe | None = None
+    lora: LoraRecipe | None = None  # train an adapter alone; None trains every weight
     gradient_checkpointing: bool = False
 
     @model_validator(mode="after")
@@ -84,6 +102,12 @@ class StudentRecipe(Section):
         weights = self.timestep_weights
         if weights is not None and (len(weights) != self.num_timesteps or min(weights) < 0 or sum(weights) <= 0):
             raise ValueError("timestep_weights has to hold one number per timestep, none negative, not all zero")
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_of_the_teacher(self):
+        if self.lora and (self.source or self.unet or self.init == "random" or self.prediction_type):
+            raise ValueError("lora adapts the teacher itself: leave out source, unet, init and prediction_type")
         return self
 
 
@@ -96,10 +120,9 @@ class DiscriminatorRecipe(Section):
     image_encoder_source: str | None = None
     real: Literal["data", "reconstructed"] = "data"  # reconstructed: as the VAE decodes them, so that its blur tells
     # nothing of who drew a picture
-    crop: float = Field(
-        1.0, gt=0, le=1
-    )  # side of the part that is looked at, as a share of the picture's; its place is
-    # random (StyleGAN-T, arXiv 2301.09515, section 3.2), so that no pattern in step with the features' grid pays
+    # Side of the part that is looked at, as a share of the picture's; its place is random (StyleGAN-T, arXiv
+    # 2301.09515, section 3.2), so that no pattern in step with the features' grid pays.
+    crop: float = Field(1.0, gt=0, le=1)
 
 
 class LossRecipe(Section):
@@ -111,24 +134,51 @@ class LossRecipe(Section):
     r1_every: int = Field(1, ge=1)  # in every n-th step of the heads, n times as strong (arXiv 1912.04958, section 3.1)
 
 
+class DecodeRecipe(Section):
+    """How latents become the pictures that discriminator and pixel loss look at: by default the VAE, all at once."""
+
+    chunk: int | None = Field(None, ge=1)  # pictures decoded at once, and again in the backward pass; None: all, once
+    autoencoder: str | None = None  # folder or hub id of an AutoencoderTiny in the VAE's place (madebyollin/taesdxl)
+    scale: float = Field(1.0, gt=0, le=1)  # side of the decoded picture, as a share of data.size
+    margin: int | None = Field(None, ge=0)  # latents around discriminator.crop that are decoded with it; None, or
+    # beside a pixel loss, which compares whole pictures: all
+
+
 class DataRecipe(Section):
-    source: str = "comicset"  # "comicset" or a folder of captioned pictures or shards
+    source: str = "comicset"  # "comicset"; a folder of captioned pictures or shards, on this machine or at an address
+    # ("s3://..."); .tar or .parquet files ("shard-{000..119}.tar", "*.parquet"); or "datasets:NAME?split=train"
     size: int = Field(128, ge=8, le=8192)  # pixels a side
     random_flip: bool = False
     crop: Literal["center", "random"] = "center"
+    crops_per_image: int | None = Field(None, ge=1)  # random crops that a picture has in all; None: a new one each time
+    buckets: Literal["none", "sdxl", "computed"] = "none"  # one square size; SDXL's list, its square being `size` a
+    # side; or the sizes that crop these pictures least
+    num_buckets: int = Field(12, ge=1, le=64)  # of computed ones, at most
     num_workers: int = Field(1, ge=0)
     max_broken_share: float = Field(0.05, ge=0, le=1)
 
 
 class TrainRecipe(Section):
     num_images: int = Field(40_000, ge=1)  # pictures in the whole run
-    batch_size: int = Field(16, ge=1)
-    micro_batch_size: int | None = Field(None, ge=1)  # pictures at once; gradients add up to the batch
-    precision: Precision = "bfloat16"  # of autocast; weights stay float32
+    batch_size: int = Field(16, ge=1)  # pictures in a step, of all processes together
+    micro_batch_size: int | None = Field(None, ge=1)  # pictures at once in a process; gradients add up to the batch
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun: each process holds all weights, or a part of the UNets'
+    precision: Precision = "auto"  # of autocast; auto: bfloat16 where the device computes in it; weights stay float32
+    frozen_precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights that are not trained; auto:
+    # bfloat16 on a GPU whose autocast is bfloat16, else as those that are trained
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    compile: bool = False  # the transformer blocks of UNets and DINOv2 (torch.compile), in minutes at the start
     checkpoint_minutes: float = Field(4.0, gt=0)
     keep_checkpoints: int = Field(2, ge=1)
     sample_images: int = Field(4_000, ge=0)  # pictures between sample grids; 0 draws none
+    evaluate_images: int = Field(0, ge=0)  # pictures between short evaluations, whose best student is kept; 0: none
+    evaluate_count: int = Field(256, ge=2)  # pictures in each: of the student at every number of steps, of the teacher
+    evaluate_features: Literal["auto", "judge", "inception", "dinov2-large", "clip-vit-large", "efficientnet-lite0"] = (
+        "auto"  # what looks at them, never what the discriminator sees; auto: the judge for comicset, else the first of
+        # the others that is on this machine
+    )
+    on_alarm: Literal["warn", "rollback", "stop"] = "warn"  # when training goes wrong: say so; go back to the oldest
+    # checkpoint and on at half the learning rate at fault; or stop
 
     @model_validator(mode="after")
     def _one_step_at_least(self):
@@ -146,6 +196,7 @@ class Recipe(Section):
     student: StudentRecipe = StudentRecipe()
     discriminator: DiscriminatorRecipe = DiscriminatorRecipe()
     losses: LossRecipe = LossRecipe()
+    decode: DecodeRecipe = DecodeRecipe()
     data: DataRecipe = DataRecipe()
     student_optimizer: OptimizerRecipe = OptimizerRecipe()
     discriminator_optimizer: OptimizerRecipe = OptimizerRecipe(learning_rate=1e-5)
@@ -158,11 +209,14 @@ class PretrainRecipe(Section):
     size: int = Field(128, ge=32, le=1024, multiple_of=16)  # pixels a side; the VAE halves them thrice, the UNet once
     vae_images: int = Field(84_000, ge=1)  # pictures that each stage sees
     judge_images: int = Field(110_000, ge=1)
+    text_captions: int = Field(40_000, ge=0)  # of comicset: what the text encoders learn words from; 0: nothing
     latent_images: int = Field(50_000, ge=1)  # encoded once and shown again and again, under new captions
     teacher_images: int = Field(200_000, ge=1)
     batch_size: int = Field(32, ge=1)  # of the teacher
     learning_rate: float = Field(3e-3, gt=0)  # of the teacher, by Muon
+    uniform_timesteps: float = Field(0.3, ge=0, le=1)  # share of timesteps; the others lie about log-SNR 0
     start: str | None = None  # a teacher to go on from: "embedded-teacher", or a folder of the same architecture
+    vae: str | None = None  # a teacher whose VAE is taken and not trained; None: that of `start`, or a new one
     seed: int = Field(0, ge=0)
 
 
@@ -250,7 +304,10 @@ def _explained(error: ValidationError, where: str, model: type[Section]) -> Reci
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
         fix = f"Did you mean {'.'.join([*path[:-1], near[0]])!r}?" if near else f"Known keys: {', '.join(known)}."
         return RecipeError(f"unknown key {name!r}", where=where, fix=fix)
-    return RecipeError(f"{name} = {first['input']!r}: {first['msg']}", where=where)
+    message = first["msg"].removeprefix("Value error, ")
+    if isinstance(first["input"], Mapping | Section):  # of keys that do not go together
+        return RecipeError(f"{name}: {message}" if name else message, where=where)
+    return RecipeError(f"{name} = {first['input']!r}: {message}", where=where)
 
 
 def _keys_beside(path: list[str], model: type[BaseModel]) -> list[str]:

@@ -5,6 +5,7 @@ OnestrokeError
 ├── ModelError       a teacher or student that cannot be loaded or is not supported
 ├── DataError        a data set that cannot be read or holds too little
 ├── NonFiniteLoss    training stopped at a NaN or infinity; the last checkpoint is whole
+├── TrainingAlarm    training stopped because it goes wrong, as train.on_alarm asks; the last checkpoint is whole
 ├── CheckpointError  a run folder that belongs to another recipe, or a checkpoint that cannot be read
 └── ResourceError    no room on the device or the disk
 """
@@ -33,6 +34,10 @@ class DataError(OnestrokeError):
 
 class NonFiniteLoss(OnestrokeError):
     """A loss or gradient that is not finite."""
+
+
+class TrainingAlarm(OnestrokeError):
+    """A run that goes wrong: the discriminator wins, the student ignores the prompt, diversity falls."""
 
 
 class CheckpointError(OnestrokeError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -34,18 +35,25 @@ def student_pipeline(
 
 
 def export_folder(
-    pipeline: DiffusionPipeline, out: Path, *, card: str = "", dtype: torch.dtype = torch.float32
+    pipeline: DiffusionPipeline,
+    out: Path,
+    *,
+    card: str = "",
+    notes: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Path:
     """Write the pipeline as a diffusers folder, whole or not at all; a folder written before is replaced.
 
-    `AutoPipelineForText2Image.from_pretrained(out)` and `AutoPipelineForImage2Image` load it. `card`: README.md.
+    `AutoPipelineForText2Image.from_pretrained(out)` and `AutoPipelineForImage2Image` load it. `card`: README.md;
+    `notes`: further text files by name.
     """
     temporary = out.with_name(f".{out.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         _saved_as(pipeline, dtype, temporary)
-        (temporary / "README.md").write_text(card or "# onestroke student\n", "utf-8")
+        for name, text in {"README.md": card or "# onestroke student\n", **(notes or {})}.items():
+            (temporary / name).write_text(text, "utf-8")
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise ResourceError("the student could not be written", where=str(out), fix="Free disk space.") from error

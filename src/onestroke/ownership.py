@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from onestroke.errors import CheckpointError
+
+_held: set[TextIO] = set()
+
+
+def _let_go() -> None:
+    for file in _held:
+        file.close()
+    _held.clear()
+
+
+# A data loader's workers are forked with the lock in hand, and outlive a killed run by some seconds.
+os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
@@ -21,4 +35,8 @@ def sole_owner(folder: Path) -> Iterator[None]:
             raise CheckpointError(
                 "another run is writing to this folder", where=str(folder), fix="Wait for it, or give another --out."
             ) from error
-        yield
+        _held.add(file)
+        try:
+            yield
+        finally:
+            _held.discard(file)

@@ -10,6 +10,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline, EulerAncestralDiscreteSc
 from jaxtyping import UInt8
 
 from onestroke.errors import ModelError
+from onestroke.precision import fast_dtype
 from onestroke.types import PredictionType
 
 
@@ -33,9 +34,9 @@ def student_scheduler(
     return EulerAncestralDiscreteScheduler(**config, prediction_type=kind, timestep_spacing="trailing")
 
 
-def make_fast(pipeline: DiffusionPipeline, *, dtype: torch.dtype = torch.bfloat16) -> DiffusionPipeline:
-    """The pipeline in `dtype` and channels_last, quiet; changes it in place. On 2 cores bfloat16 halves the time."""
-    pipeline.to(dtype)
+def make_fast(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """The pipeline in its device's fast dtype and channels_last, quiet; changes it in place."""
+    pipeline.to(fast_dtype(pipeline.device))
     for name in ("unet", "vae"):
         getattr(pipeline, name).to(memory_format=torch.channels_last)
     pipeline.set_progress_bar_config(disable=True)

@@ -6,6 +6,7 @@ Images are RGB in [-1, 1]; latents are scaled by the VAE's scaling factor; times
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,6 +43,8 @@ class Batch:
     sizes: Int[Tensor, "b 4"]  # original height, width, crop top, crop left, in pixels of the scaled picture
     latents: Float[Tensor, "b c h2 w2"] | None = None  # scaled, as `DiffusionModel.encode_images` gives them
     target: tuple[int, int] | None = None  # height, width of the pictures, where only latents are given
+    image_embeddings: Float[Tensor, "b d"] | None = None  # of the whole pictures, as `ImageEmbedder` gives them
+    text_embeddings: Float[Tensor, "b d"] | None = None  # of the captions, as `TextEmbedder` gives them
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -53,7 +56,14 @@ class Batch:
         assert size is not None, "a batch of latents alone says its pictures' size"
         return size
 
+    @property
+    def num_pixels(self) -> int:
+        """Of one picture; 0 where there are captions alone."""
+        return 0 if self.images is None and self.target is None else math.prod(self.picture_size)
+
     def rows(self, rows: slice) -> Batch:
         """Some of the pictures."""
-        images, latents = (None if x is None else x[rows] for x in (self.images, self.latents))
-        return Batch(images, self.captions[rows], self.slots[rows], self.sizes[rows], latents, self.target)
+        given = (self.images, self.latents, self.image_embeddings, self.text_embeddings)
+        images, latents, of_images, of_texts = (None if x is None else x[rows] for x in given)
+        captions, slots, sizes = self.captions[rows], self.slots[rows], self.sizes[rows]
+        return Batch(images, captions, slots, sizes, latents, self.target, of_images, of_texts)

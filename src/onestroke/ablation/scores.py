@@ -18,9 +18,9 @@ from onestroke.errors import ResourceError
 from onestroke.evaluate.adherence import adherence
 from onestroke.evaluate.collect import observe
 from onestroke.evaluate.drawn import MeasureCache, PictureCache
-from onestroke.evaluate.observer import fingerprint
 from onestroke.evaluate.pictures import DrawnSet, orders_of, ways_of
 from onestroke.evaluate.prompts import PromptSet
+from onestroke.families.fingerprint import fingerprint
 
 STEPS = (1, 4)
 NUM_SHOWN = 6  # pictures of each run on the page: the first prompts and seeds of those that are measured

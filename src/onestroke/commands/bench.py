@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -15,7 +16,7 @@ from onestroke.api import load
 from onestroke.build import add_trainer, source_of, teacher_of
 from onestroke.commands.quiet import cap_threads, quiet_libraries
 from onestroke.config import Recipe, load_recipe
-from onestroke.data.source import batches
+from onestroke.data.loader import batches
 from onestroke.distill.add import ADD, DISCRIMINATOR, STUDENT, Rollout
 from onestroke.distill.student import choose_timesteps
 from onestroke.distill.teacher import teacher_timesteps
@@ -25,6 +26,7 @@ from onestroke.evaluate.drawing import contenders, part_timer
 from onestroke.evaluate.latency import LatencyRow, PartTimer, measure_latency
 from onestroke.evaluate.report import seconds
 from onestroke.families.model import guided
+from onestroke.precision import training_attention
 from onestroke.randomness import normal, uniform
 from onestroke.train.trainer import Trainer
 from onestroke.types import Batch, Condition
@@ -123,7 +125,7 @@ class StepInputs:
     x_t: Tensor  # the teacher's input, b c h w
     t: Tensor
     x0: Tensor  # a clean picture in latents, b c h w
-    pixels: Tensor  # the same as the VAE decodes it, b 3 h w
+    pixels: Tensor  # what the heads look at of it, b 3 _ _
     rollout: Rollout
 
 
@@ -142,7 +144,7 @@ def step_inputs(method: ADD, batch: Batch) -> StepInputs:
         eps = normal(x0.shape[1:], recipe.seed, "eps", slots).to(x0)
         x_s, x_t = model.schedule.student_input(x0, eps, s), model.schedule.add_noise(x0, eps, t.to(x0.device))
         blank = model.blank_prompts(condition)
-        pixels = model.decode_latents(x0)
+        pixels = method._decoded(x0, slots, "fake crop")[1]
     return StepInputs(images, condition, blank, x_s, s.to(x0.device), x_t, t.to(x0.device), x0, pixels,
                       _without_graph(rollout, recipe))  # fmt: skip
 
@@ -163,31 +165,45 @@ def step_parts(trainer: Trainer, batch: Batch) -> dict[str, Part]:
     method, dtype = trainer.method, trainer.settings.autocast
     assert isinstance(method, ADD)
 
+    @contextmanager
+    def as_in_the_step() -> Iterator[None]:
+        autocast = torch.autocast(method.model.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+        with autocast, training_attention(method.model.device, batch.num_pixels):
+            yield
+
     def cast(call: Call) -> Call:
-        return torch.autocast(method.model.device.type, dtype or torch.bfloat16, enabled=dtype is not None)(call)
+        def inside() -> Output:
+            with as_in_the_step():
+                return call()
+
+        return inside
+
+    def decode(latents: Tensor) -> Tensor:
+        """What of the pictures the heads look at."""
+        return method._decoded(latents, batch.slots, "fake crop")[1]
 
     def forward(call: Call) -> Part:
         return Part(torch.no_grad()(cast(call)))
 
-    with torch.autocast(method.model.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+    with as_in_the_step():
         inputs = step_inputs(method, batch)
     main = {
         MAIN_PARTS[0]: _both_ways(
             cast(lambda: method.student(inputs.x_s, inputs.s, inputs.condition)), trained=method.players[STUDENT].module
         ),
-        MAIN_PARTS[1]: _both_ways_from(inputs.x0, method.model.decode_latents, cast),
+        MAIN_PARTS[1]: _both_ways_from(inputs.x0, decode, cast),
         MAIN_PARTS[2]: _both_ways_from(inputs.pixels, method.features, cast),
         MAIN_PARTS[3]: forward(lambda: _guided_target(method, inputs)),
         MAIN_PARTS[4]: _optimizer_part(trainer),
     }
-    decode = forward(lambda: method.model.decode_latents(inputs.x0))
+    again = forward(lambda: decode(inputs.x0))
     decoded = {"decoding the real pictures": method.recipe.discriminator.real == "reconstructed",
                "decoding the teacher's target": method.recipe.losses.distance == "pixel"}  # fmt: skip
     return main | {
         "encoding the real pictures": forward(lambda: method.model.encode_images(inputs.images)),
         "text encoders": forward(lambda: method.model.encode_prompts(batch.captions).text),
-        "features of the real pictures": forward(lambda: method.features(inputs.images)),
-        **{name: decode for name, is_done in decoded.items() if is_done},
+        "features of the real pictures": forward(lambda: method.features(inputs.pixels)),
+        **{name: again for name, is_done in decoded.items() if is_done},
         "heads for the student's loss": _heads_of_student(method, inputs, cast),
         "heads for their own loss": _both_ways(
             cast(lambda: method.loss(DISCRIMINATOR, inputs.rollout).total), trained=method.heads

@@ -22,11 +22,21 @@ from onestroke.config import Recipe, load_recipe
 from onestroke.embedded import GUIDANCE, TEACHER, embedded_judge
 from onestroke.embedded.held_out import JUDGE, comic_pictures, comic_prompts, judge_observer, value_namer
 from onestroke.evaluate.collect import OnProgress
-from onestroke.evaluate.compare import Looking, Task, compare_grid, find, pipelines_to_ways, report_of
+from onestroke.evaluate.compare import (
+    SPREAD_SEEDS,
+    Looking,
+    Task,
+    Ways,
+    compare_grid,
+    find,
+    pipelines_to_ways,
+    report_of,
+)
 from onestroke.evaluate.drawing import contenders
 from onestroke.evaluate.findings import Note
 from onestroke.evaluate.grids import grid_image
 from onestroke.evaluate.latency import PartTimer, measure_latency
+from onestroke.evaluate.measures import NEEDED
 from onestroke.evaluate.observer import looks
 from onestroke.evaluate.plots import Chart, Series
 from onestroke.evaluate.report import Report, write_report
@@ -34,7 +44,11 @@ from onestroke.evaluate.scored import Networks
 from onestroke.sample import make_fast
 from onestroke.train.tracking import read_metrics
 
-DEMO_IMAGES = 1000  # pictures of each set in the demo's figures
+DEMO_IMAGES = 1000  # pictures of each set in the demo's figures, where there is time for them
+FEWEST_IMAGES = 100
+SPREAD_SHARE = 10  # one prompt in so many is drawn with several seeds too
+DRAWING_SECONDS = 70.0  # what all of them may take, so that a slow machine's demo ends in its minutes plus 3
+TIMED_IMAGES = 16
 SHOWN_TEACHER_STEPS = (1, 4, 25, 50)
 REAL = "real pictures"
 SHORT_NOTE = Note(
@@ -72,17 +86,23 @@ def run_demo(out: Path, *, minutes: float, seed: int, console: Console) -> Repor
 
 
 def demo_report(recipe: Recipe, student_folder: Path, out: Path, *, minutes: float, on_progress: OnProgress) -> Report:
-    """Figures on 1,000 pictures, the grid and the latencies of a finished demo run; the teacher is drawn at 1 step."""
+    """Figures, grid and latencies of a finished demo run; the teacher is drawn at 1 step.
+
+    On 1,000 pictures of each set, or as many as can be drawn in `DRAWING_SECONDS`; latency then of single pictures.
+    """
     student, teacher = make_fast(pipeline_of(str(student_folder))), make_fast(pipeline_of(TEACHER))
     steps = {"guidance": GUIDANCE, "student_steps": (1, 4)}
+    ways = pipelines_to_ways(student, teacher, teacher_steps=(1,), **steps)
+    count = images_within(DRAWING_SECONDS, seconds_a_picture(ways))
     task = Task(
-        pipelines_to_ways(student, teacher, teacher_steps=(1,), **steps),
-        comic_prompts(DEMO_IMAGES),
-        *(comic_pictures(DEMO_IMAGES, odd=odd, label=label) for odd, label in ((True, "reference"), (False, REAL))),
-        DEMO_IMAGES,
+        ways,
+        comic_prompts(count),
+        *(comic_pictures(count, odd=odd, label=label) for odd, label in ((True, "reference"), (False, REAL))),
+        count,
         out / "cache",
         vae_of=teacher,
         with_floor=False,
+        spread_prompts=max(NEEDED, count // SPREAD_SHARE),
         group_by=(),
     )
     judge = judge_observer(embedded_judge())
@@ -100,7 +120,9 @@ def demo_report(recipe: Recipe, student_folder: Path, out: Path, *, minutes: flo
     shown = pipelines_to_ways(student, teacher, teacher_steps=SHOWN_TEACHER_STEPS, **steps)
     grid = compare_grid(shown, SHOWN_PROMPTS, out / "cache")
     timer = PartTimer()
-    latency = measure_latency(contenders(student, teacher, timer, guidance=GUIDANCE), timer, num_runs=3)
+    batch_sizes = (1, 16) if count == DEMO_IMAGES else (1,)  # 50 steps of 16 pictures take a slow machine a minute
+    racing = contenders(student, teacher, timer, guidance=GUIDANCE)
+    latency = measure_latency(racing, timer, batch_sizes=batch_sizes, num_runs=3)
     facts = {"pictures seen": f"{images:,}", "seed": str(recipe.seed), "teacher's guidance": f"{GUIDANCE:g}"}
     report = replace(
         report,
@@ -114,6 +136,26 @@ def demo_report(recipe: Recipe, student_folder: Path, out: Path, *, minutes: flo
     write_report(report, out / "report.html")
     grid_image(grid).save(out / "grid.png")
     return report
+
+
+def seconds_a_picture(ways: Ways) -> float:
+    """How long one picture by every way takes, drawn in a batch."""
+    prompts, seeds = ["a person"] * TIMED_IMAGES, range(TIMED_IMAGES)
+    seconds = 0.0
+    for way in (*ways.student.values(), *ways.teacher.values()):
+        started = time.monotonic()
+        way.draw(prompts, seeds)
+        seconds += time.monotonic() - started
+    return seconds / TIMED_IMAGES
+
+
+def images_within(budget: float, seconds: float) -> int:
+    """How many pictures of `seconds` each, and those of the spread over seeds beside them, fit in `budget`.
+
+    In tens, from `FEWEST_IMAGES` to `DEMO_IMAGES`.
+    """
+    seconds *= 1 + SPREAD_SEEDS / SPREAD_SHARE
+    return max(FEWEST_IMAGES, min(DEMO_IMAGES, int(budget / seconds) // 10 * 10))
 
 
 def _charts(rows: list[dict[str, float]]) -> tuple[Chart, ...]:

@@ -15,7 +15,6 @@ from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from rich.console import Console
 
 from onestroke.api import distill
-from onestroke.commands.doctor import dtype_works
 from onestroke.commands.progress import Display
 from onestroke.commands.quiet import cap_threads, quiet_libraries
 from onestroke.config import Recipe, load_recipe
@@ -23,6 +22,8 @@ from onestroke.embedded import STUDENT, TEACHER
 from onestroke.errors import RecipeError
 from onestroke.families.load import FAMILIES, from_pipeline, load_pipeline
 from onestroke.families.single_file import CONFIG_KEY, packaged_configs, read_header, recognise, with_prediction
+from onestroke.train.evaluation import BEST, best_of, evaluations_of
+from onestroke.train.ranks import joined, rank
 
 DEFAULT_RECIPES = {"sdxl": "sdxl-anime", "sd": "sd15"}  # by family
 PLACEHOLDER = "YOUR_"  # begins what a recipe leaves to the user
@@ -43,6 +44,21 @@ def run_distill(
     """Resolve the recipe, distil with progress, and say where the student is and what to try next."""
     quiet_libraries()
     cap_threads()
+    with joined():
+        console = console if rank() == 0 else Console(quiet=True)
+        _distil(recipe, teacher, student, data, overrides, minutes, out, console)
+
+
+def _distil(
+    recipe: str | None,
+    teacher: str | None,
+    student: str | None,
+    data: str | None,
+    overrides: Sequence[str],
+    minutes: float | None,
+    out: Path,
+    console: Console,
+) -> None:
     resolved = resolve_recipe(recipe, teacher, student, data, overrides)
     total = resolved.train.num_images
     console.print(
@@ -53,12 +69,30 @@ def run_distill(
         soft_wrap=True,
     )
     with Display(console, total, "distilling") as observe:
-        folder = distill(resolved, out, minutes=minutes, observe=observe)
+        folder = distill(
+            resolved, out, minutes=minutes, observe=observe,
+            tell=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
+        )  # fmt: skip
     stopped_early = 0 < observe.images <= total - resolved.train.batch_size
     state = f"after {observe.images:,} of {total:,} pictures; run again to continue" if stopped_early else "finished"
-    console.print(f"student: {folder} ({state})\nnext:", markup=False, highlight=False, soft_wrap=True)
+    lines = [f"student: {folder} ({state})", *best_lines(out), "next:"]
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
     for command in next_commands(resolved, folder, out):
         console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
+
+
+def best_lines(out: Path) -> list[str]:
+    """Which student of a run is the best by its short evaluations; nothing where there were none."""
+    best, found = best_of(out), evaluations_of(out)
+    if best is None or not found:
+        return []
+    last = found[-1]
+    if last.images == best.images:
+        return [f"best:    {out / BEST} (the one of {best.images:,} pictures, the last that was evaluated)"]
+    return [
+        f"best:    {out / BEST} (after {best.images:,} pictures, Fréchet distance {best.score:.2f}; the last that was "
+        f"evaluated, after {last.images:,}: {last.score:.2f})"
+    ]
 
 
 def resolve_recipe(
@@ -102,12 +136,11 @@ def _default_recipe(teacher: str) -> tuple[str, list[str]]:
 
 
 def _machine_settings() -> list[str]:
-    """A machine without a GPU takes the device there is, and bfloat16 where it works; no more workers than cores."""
+    """A machine without a GPU takes the device there is and its fast precision; no more workers than cores."""
     if torch.cuda.is_available():
         return []
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    precision = "bfloat16" if dtype_works(torch.device("cpu"), torch.bfloat16) else "float32"
-    return ["train.device=auto", f"train.precision={precision}", f"data.num_workers={max(1, cores - 1)}"]
+    return ["train.device=auto", "train.precision=auto", f"data.num_workers={max(1, cores - 1)}"]
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,8 @@ def precisions() -> Iterator[Finding]:
     """Which dtypes compute, on each device, and the faster one on the CPU."""
     import torch
 
+    from onestroke.precision import fast_dtype
+
     for device in _devices():
         works = {name: dtype_works(device, getattr(torch, name)) for name in DTYPES}
         failing = [name for name, fine in works.items() if not fine]
@@ -143,7 +145,8 @@ def precisions() -> Iterator[Finding]:
     seconds = cpu_seconds()
     best = min(seconds, key=lambda name: seconds[name])
     times = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in seconds.items())
-    advice = "" if best == "bfloat16" else "; train with --set train.precision=float32"
+    chosen = str(fast_dtype("cpu")).removeprefix("torch.")
+    advice = "" if best == chosen else f"; train with --set train.precision={best}"
     yield Finding("fastest on the CPU", f"{best} ({times} for a small convolutional net){advice}")
 
 

@@ -18,6 +18,7 @@ from onestroke.commands.evaluate_output import EvaluationDisplay, machine_facts,
 from onestroke.commands.evaluate_request import COMICSET, Request, command_of, completed, student_recipe
 from onestroke.commands.quiet import cap_threads, quiet_libraries
 from onestroke.config import Recipe
+from onestroke.data.address import is_remote
 from onestroke.data.folder import FolderSource, open_folder
 from onestroke.embedded import STUDENT, TEACHER, embedded_judge
 from onestroke.embedded.held_out import JUDGE, comic_pictures, comic_prompts, judge_observer, value_namer
@@ -31,7 +32,7 @@ from onestroke.evaluate.compare import (
     report_of,
 )
 from onestroke.evaluate.drawing import contenders, part_timer
-from onestroke.evaluate.features import FEATURES, STYLE, load_all
+from onestroke.evaluate.features import FEATURES, STYLE, load_all, trained_against
 from onestroke.evaluate.findings import Measured, Note
 from onestroke.evaluate.gate import Condition, judge_gate, parse_gate
 from onestroke.evaluate.grids import grid_image
@@ -157,13 +158,11 @@ def task_of(request: Request, models: Models, prompts: PromptSet | None, *, cons
 def _file_key(source: FolderSource) -> Callable[[int], str]:
     """Names a picture by its file's place, size and time, so that an edited one is measured again."""
 
+    folder = source.address.url if is_remote(source.address.url) else str(Path(source.address.url).resolve())
+
     def key(index: int) -> str:
-        file, offset = (source.entries[name][index].as_py() for name in ("file", "offset"))
-        try:
-            stat = os.stat(source.root / file)
-            return f"{source.root.resolve() / file} {offset} {stat.st_size} {stat.st_mtime_ns}"
-        except OSError:
-            return f"{source.root.resolve() / file} {offset}"
+        entry = source.entry(index)
+        return f"{folder}/{entry.file} {entry.offset} {entry.stamp}".rstrip()
 
     return key
 
@@ -192,17 +191,6 @@ def looking_of(request: Request, recipe: Recipe | None, *, device: torch.device)
     return Looking(
         (*judges, *features, *scorers, looks()), (*judges, *features), networks, titles, (*lacking, *lacking_scorers)
     )
-
-
-def trained_against(recipe: Recipe | None) -> set[str]:
-    """The networks whose picture features the discriminator saw: as what it judges, or as the image condition."""
-    if recipe is None:
-        return set()
-    discriminator = recipe.discriminator
-    seen = {discriminator.features}
-    if discriminator.conditioning in ("image", "both") and discriminator.image_encoder != "features":
-        seen.add(discriminator.image_encoder)
-    return seen | ({STYLE} if "efficientnet-lite0" in seen else set())
 
 
 def with_speed(

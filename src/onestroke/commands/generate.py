@@ -19,6 +19,7 @@ from onestroke.commands.quiet import cap_threads, quiet_libraries
 from onestroke.embedded import STUDENT, TEACHER
 from onestroke.embedded.vocabulary import unknown_words
 from onestroke.errors import RecipeError, ResourceError
+from onestroke.evaluate.pictures import model_size
 from onestroke.sample import draw
 from onestroke.serve.pictures import metadata_options
 
@@ -26,10 +27,26 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
 def run_generate(
-    prompt: str, out: Path, model: str, *, steps: int, seed: int, guidance: float, count: int, console: Console
+    prompt: str,
+    out: Path,
+    model: str,
+    *,
+    steps: int,
+    seed: int,
+    guidance: float,
+    count: int,
+    console: Console,
+    width: int | None = None,
+    height: int | None = None,
 ) -> None:
-    """Draw `count` pictures of `prompt`, seeds `seed` on, side by side into the file `out`; print what it took."""
+    """Draw `count` pictures of `prompt`, seeds `seed` on, side by side into the file `out`; print what it took.
+
+    `width`, `height`: pixels, multiples of 8; the model's own where they are not given.
+    """
     check_order(prompt, out)
+    for name, side in (("--width", width), ("--height", height)):
+        if side is not None and (side < 8 or side % 8):
+            raise RecipeError(f"{side} pixels cannot be drawn", where=name, fix="Give a multiple of 8.")
     quiet_libraries()
     cap_threads()
     pipeline = load(model)
@@ -38,7 +55,10 @@ def run_generate(
     for warning in warnings_about(prompt, pipeline, model):
         console.print(f"note: {warning}", markup=False, highlight=False, soft_wrap=True)
     started = time.perf_counter()
-    images = draw(pipeline, [prompt] * count, seeds=range(seed, seed + count), steps=steps, guidance=guidance)
+    own_height, own_width = model_size(pipeline)
+    size = (height or own_height, width or own_width)
+    seeds = range(seed, seed + count)
+    images = draw(pipeline, [prompt] * count, seeds=seeds, steps=steps, guidance=guidance, size=size)
     seconds = time.perf_counter() - started
     save_picture(
         np.concatenate(list(images), axis=1),

@@ -16,7 +16,7 @@ from onestroke.commands.progress import Display
 from onestroke.commands.quiet import cap_threads, quiet_libraries
 from onestroke.config import PretrainRecipe
 from onestroke.data.comicset.dataset import ComicSource
-from onestroke.data.folder import open_folder
+from onestroke.data.opening import open_pictures
 from onestroke.data.source import Source
 from onestroke.embedded.fit import Machine
 from onestroke.embedded.pretrain import (
@@ -24,6 +24,7 @@ from onestroke.embedded.pretrain import (
     pretrain_judge,
     pretrain_latents,
     pretrain_teacher,
+    pretrain_text,
     pretrain_vae,
 )
 from onestroke.errors import DataError
@@ -34,7 +35,7 @@ class OutOfTime(Exception):
 
 
 def run_pretrain(
-    data: Path | None,
+    data: str | None,
     recipe: PretrainRecipe,
     minutes: float | None,
     out: Path,
@@ -56,13 +57,13 @@ def run_pretrain(
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def pictures(data: Path | None, *, size: int, console: Console) -> Source:
-    """The user's captioned pictures, or the embedded ones."""
+def pictures(data: str | None, *, size: int, console: Console) -> Source:
+    """The user's captioned pictures, wherever `open_pictures` finds them, or the embedded ones."""
     if data is None:
         return ComicSource(COMICSET_IMAGES, size=size)
-    source = open_folder(data, log=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
+    source = open_pictures(data, log=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
     if not len(source):
-        raise DataError("there is no captioned picture", where=str(data), fix="Add pictures with captions.")
+        raise DataError("there is no captioned picture", where=data, fix="Add pictures with captions.")
     return source
 
 
@@ -79,12 +80,12 @@ def stage_log(
     return log
 
 
-def closing_lines(out: Path, data: Path | None, *, finished: bool) -> list[str]:
+def closing_lines(out: Path, data: str | None, *, finished: bool) -> list[str]:
     """Where the teacher is, and the next commands."""
     if not finished:
         return [f"stopped before the end; run the same command again to continue in {out}"]
     teacher = shlex.quote(str(out / "teacher"))
-    pictures_option = "" if data is None else f" --data {shlex.quote(str(data))}"
+    pictures_option = "" if data is None else f" --data {shlex.quote(data)}"
     prompt = "a laughing person with pink hair" if data is None else "YOUR PROMPT"
     return [
         f"teacher: {out / 'teacher'}",
@@ -105,18 +106,25 @@ def _stages(
     with_judge: bool,
 ) -> bool:
     """VAE, judge, latents, teacher; returns whether the last picture was reached. Raises OutOfTime."""
-    if recipe.start is not None:
-        adopt_vae(recipe.start, out)
+    if (owner := recipe.vae or recipe.start) is not None:
+        adopt_vae(owner, out)
     pretrain_vae(out, source, recipe, machine, log=stage_log("vae", deadline, console))
     _check_time(deadline)
     if with_judge:
         pretrain_judge(out, recipe, machine, log=stage_log("judge", deadline, console))
         _check_time(deadline)
+    if isinstance(source, ComicSource) and recipe.text_captions:
+        with Display(console, recipe.text_captions, "text encoders") as observe:
+            if not pretrain_text(out, source, recipe, machine, minutes=_minutes_to(deadline), observe=observe):
+                return False
     cache = pretrain_latents(out, source, recipe, machine, log=stage_log("latents", deadline, console))
     _check_time(deadline)
-    minutes = None if deadline == math.inf else (deadline - time.monotonic()) / 60
     with Display(console, recipe.teacher_images, "teacher") as observe:
-        return pretrain_teacher(out, source, cache, recipe, machine, minutes=minutes, observe=observe)
+        return pretrain_teacher(out, source, cache, recipe, machine, minutes=_minutes_to(deadline), observe=observe)
+
+
+def _minutes_to(deadline: float) -> float | None:
+    return None if deadline == math.inf else (deadline - time.monotonic()) / 60
 
 
 def _check_time(deadline: float) -> None:

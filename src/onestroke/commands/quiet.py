@@ -15,7 +15,8 @@ def quiet() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for library in ("transformers", "torchao", "torch.utils._pytree"):  # the last two speak when torchao is imported
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def quiet_libraries() -> None:
@@ -29,9 +30,13 @@ def quiet_libraries() -> None:
 
 
 def cap_threads() -> None:
-    """As many threads as there are cores for this process (a container may show more than it grants)."""
+    """As many threads as there are cores for this process (a container may show more than it grants).
+
+    Processes that torchrun started on one machine share its cores.
+    """
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if torch.get_num_threads() != cores:
         torch.set_num_threads(cores)

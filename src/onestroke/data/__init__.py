@@ -6,6 +6,8 @@ embedded ones.
 """
 
 from onestroke.data.folder import FolderSource, open_folder
-from onestroke.data.source import Broken, BrokenPicture, Picture, Source, batches, plan
+from onestroke.data.loader import batches
+from onestroke.data.plan import plan
+from onestroke.data.source import Broken, BrokenPicture, Picture, Source
 
 __all__ = ["Broken", "BrokenPicture", "FolderSource", "Picture", "Source", "batches", "open_folder", "plan"]

@@ -1,53 +1,44 @@
-"""The user's own pictures: an image folder as `datasets` and kohya's scripts have it, or WebDataset tar shards."""
+"""The user's own pictures: an image folder as `datasets` and kohya's scripts have it, or WebDataset tar shards.
+
+Either lies on this machine or at any address of fsspec's. Tars are indexed first: one pass over headers and captions
+finds where each picture's bytes lie, so that any picture can be read by itself; the index is kept (`Address.memory`).
+"""
 
 from __future__ import annotations
 
 import io
-import json
 import os
 import re
-import tarfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
+from onestroke.data.address import Address
+from onestroke.data.entries import Entry
 from onestroke.data.source import BrokenPicture, Picture
-from onestroke.data.tables import rows_of, text_of
+from onestroke.data.tables import rows_of, text_in
+from onestroke.data.tars import CAPTION_COLUMNS, CAPTION_TYPES, IMAGE_TYPES, indexed
 from onestroke.errors import DataError
 
-IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-CAPTION_TYPES = (".txt", ".caption")
-CAPTION_COLUMNS = ("text", "caption", "prompt")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-_HOW_TO_CAPTION = (
+HOW_TO_CAPTION = (
     'Put a metadata.jsonl with lines like {"file_name": "a.png", "text": "what it shows"} into the folder, '
     "or a text file of the same name beside each picture (a.png, a.txt)"
 )
-
-
-class _Entry(NamedTuple):
-    """One captioned picture: a file below the root, or the `length` bytes from `offset` on of a tar below it."""
-
-    file: str
-    caption: str
-    member: str = ""
-    offset: int = 0
-    length: int = -1  # -1: the whole file
 
 
 @dataclass(frozen=True)
 class FolderSource:
     """The pictures of a folder that have a caption, in natural order of their names."""
 
-    root: Path
-    entries: pa.Table = field(repr=False)  # a column per field of _Entry; Arrow, so that workers share it
+    address: Address
+    entries: pa.Table = field(repr=False)  # a column per field of Entry; Arrow, so that workers share it
     left_out: Mapping[str, int]  # why -> how many pictures
 
     def __len__(self) -> int:
@@ -56,32 +47,46 @@ class FolderSource:
     def caption(self, index: int, *, slot: int | None = None) -> str:
         return self.entries["caption"][index].as_py()
 
-    def read(self, index: int, *, slot: int | None = None) -> Picture:
-        entry = _Entry(**{name: self.entries[name][index].as_py() for name in _Entry._fields})
-        name = f"{entry.file}/{entry.member}" if entry.member else entry.file
+    def entry(self, index: int) -> Entry:
+        return Entry(*(self.entries[name][index].as_py() for name in Entry._fields))
+
+    def content(self, index: int, length: int | None = None) -> bytes:
+        """The bytes of picture `index`, or its first `length`; raises BrokenPicture where they cannot be read."""
+        entry = self.entry(index)
+        wanted = entry.length if length is None else length if entry.length < 0 else min(length, entry.length)
         try:
-            with open(self.root / entry.file, "rb") as file:
-                file.seek(entry.offset)
-                content = file.read(entry.length)
+            return self.address.read(entry.file, entry.offset, wanted)
         except OSError as error:
-            raise BrokenPicture(name, error.strerror or "cannot be read") from error
-        return Picture(decode(content, name=name), entry.caption)
+            raise BrokenPicture(entry.name, error.strerror or str(error) or "cannot be read") from error
+
+    def read(self, index: int, *, slot: int | None = None) -> Picture:
+        return Picture(decode(self.content(index), name=self.entry(index).name), self.caption(index))
+
+    def size_of(self, index: int) -> tuple[int, int]:
+        return size_in(lambda length: self.content(index, length), name=self.entry(index).name)
+
+    def keys(self) -> pa.Table:
+        """Where each picture lies, and a stamp that changes with what is there."""
+        return self.entries.select(["file", "offset", "stamp"])
+
+    def memory(self) -> Path:
+        """A folder for what is found out about these pictures."""
+        return self.address.memory()
 
 
-def open_folder(path: str | Path, *, log: Callable[[str], None] = print) -> FolderSource:
-    """The captioned pictures below `path`.
+def open_folder(
+    path: str | Path, *, log: Callable[[str], None] = print, files: Mapping[str, str] | None = None
+) -> FolderSource:
+    """The captioned pictures below `path`, a folder or an address of one; `files`: what lies there, if it is known.
 
     An image folder has its captions in metadata.jsonl, .csv or .parquet (columns `file_name` and `text`, `caption` or
     `prompt`) or in a .txt or .caption file beside each picture; metadata goes first. A WebDataset folder has tars whose
     samples hold a picture and a .txt, .caption or .json ("text", "caption" or "prompt"). Pictures without a caption or
     with an empty one are left out, counted and told to `log`. Pictures are not opened: what is broken shows on reading.
     """
-    root = Path(path)
-    if not root.exists():
-        raise DataError("no such folder", where=str(path), fix="Give the folder that holds the pictures")
-    if not root.is_dir():
-        raise DataError("not a folder", where=str(path), fix="Give the folder that holds the pictures or the tars")
-    names = sorted(_files_below(root), key=natural_key)
+    address = Address(str(path))
+    files = address.files() if files is None else files
+    names = sorted(files, key=natural_key)
     images = [name for name in names if name.lower().endswith(IMAGE_TYPES)]
     tars = [name for name in names if name.lower().endswith(".tar")]
     if images and tars:
@@ -89,13 +94,19 @@ def open_folder(path: str | Path, *, log: Callable[[str], None] = print) -> Fold
             f"both pictures ({images[0]}) and tars ({tars[0]}) in one folder", where=str(path),
             fix="Keep one kind: move the tars or the pictures to a folder of their own",
         )  # fmt: skip
-    found = _indexed(root, tars) if tars else _captioned(root, names, images)
-    return _source(root, found, log)
+    if tars:
+        return open_tars(address, {name: files[name] for name in tars}, log=log)
+    return _source(address, _captioned(address, files, images), log)
 
 
-def _source(root: Path, found: Iterable[tuple[_Entry, str | None]], log: Callable[[str], None]) -> FolderSource:
+def open_tars(address: Address, tars: Mapping[str, str], *, log: Callable[[str], None] = print) -> FolderSource:
+    """The captioned pictures of the tars of these names and stamps."""
+    return _source(address, indexed(address, tars), log)
+
+
+def _source(address: Address, found: Iterable[tuple[Entry, str | None]], log: Callable[[str], None]) -> FolderSource:
     """The source of what was `found`: entries, and the caption of each, None where there is none."""
-    entries: list[_Entry] = []
+    entries: list[Entry] = []
     left_out = {"no caption": 0, "an empty caption": 0}
     for entry, caption in found:
         caption = None if caption is None else " ".join(caption.split())
@@ -104,28 +115,15 @@ def _source(root: Path, found: Iterable[tuple[_Entry, str | None]], log: Callabl
         else:
             left_out["no caption" if caption is None else "an empty caption"] += 1
     left_out = {why: count for why, count in left_out.items() if count}
-    total = len(entries) + sum(left_out.values())
+    total, where = len(entries) + sum(left_out.values()), str(address)
     if not total:
-        raise DataError("no pictures", where=str(root), fix=f"It takes {', '.join(IMAGE_TYPES)} files, or .tar shards")
+        raise DataError("no pictures", where=where, fix=f"It takes {', '.join(IMAGE_TYPES)} files, or .tar shards")
     if not entries:
         what = " and ".join(f"{count} with {why}" for why, count in left_out.items())
-        raise DataError(f"no captioned pictures ({what})", where=str(root), fix=_HOW_TO_CAPTION)
+        raise DataError(f"no captioned pictures ({what})", where=where, fix=HOW_TO_CAPTION)
     for why, count in left_out.items():
-        log(f"{root}: left out {count} of {total} pictures with {why}")
-    types = (pa.large_string(), pa.large_string(), pa.large_string(), pa.int64(), pa.int64())
-    columns = zip(_Entry._fields, zip(*entries, strict=True), types, strict=True)
-    return FolderSource(root, pa.table({name: pa.array(rows, kind) for name, rows, kind in columns}), left_out)
-
-
-def _files_below(root: Path) -> Iterator[str]:
-    """Names relative to `root` of all files, hidden ones apart; follows links, each folder once."""
-    visited: set[str] = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        folders[:] = [] if real in visited else sorted(f for f in folders if not f.startswith((".", "__MACOSX")))
-        if real not in visited:
-            yield from (os.path.relpath(os.path.join(folder, file), root) for file in files if not file.startswith("."))
-        visited.add(real)
+        log(f"{where}: left out {count} of {total} pictures with {why}")
+    return FolderSource(address, Entry.table(entries), left_out)
 
 
 def natural_key(name: str) -> tuple:
@@ -137,21 +135,35 @@ def natural_key(name: str) -> tuple:
 # Image folders
 
 
-def _captioned(root: Path, names: list[str], images: list[str]) -> Iterator[tuple[_Entry, str | None]]:
+def _captioned(address: Address, files: Mapping[str, str], images: list[str]) -> Iterator[tuple[Entry, str | None]]:
     """Every picture of an image folder with its caption; what metadata names is taken to be there."""
-    pages = [name for name in names if os.path.basename(name) in METADATA]
+    pages = sorted(name for name in files if os.path.basename(name) in METADATA)
     folders = [os.path.dirname(page) for page in pages]
     if len(set(folders)) < len(folders):
-        raise DataError(f"several metadata files in one folder: {', '.join(pages)}", where=str(root), fix="Keep one")
+        what = f"several metadata files in one folder: {', '.join(pages)}"
+        raise DataError(what, where=str(address), fix="Keep one")
     captions: dict[str, str | None] = {}
     for page in pages:
-        for file, caption in metadata_rows(root, page):
-            captions[os.path.normpath(os.path.join(os.path.dirname(page), file))] = caption
-    beside = {os.path.splitext(name)[0]: name for name in reversed(names) if name.lower().endswith(CAPTION_TYPES)}
-    for image in sorted({*images, *captions}, key=natural_key):
-        caption = captions.get(image)
-        page = beside.get(os.path.splitext(image)[0])
-        yield _Entry(image, ""), text_of(root / page) if caption is None and page else caption
+        with address.local_copy(page) as copy:
+            for file, caption in metadata_rows(copy.parent, copy.name):
+                captions[os.path.normpath(os.path.join(os.path.dirname(page), file))] = caption
+    captioned = sorted((name for name in files if name.lower().endswith(CAPTION_TYPES)), key=natural_key, reverse=True)
+    beside = {os.path.splitext(name)[0]: name for name in captioned}
+    shown = sorted({*images, *captions}, key=natural_key)
+    stems = {image: os.path.splitext(image)[0] for image in shown if captions.get(image) is None}
+    wanted = [beside[stem] for stem in dict.fromkeys(stems.values()) if stem in beside]
+    texts = {page: text_in(text, where=f"{address}/{page}") for page, text in _contents(address, wanted)}
+    for image in shown:
+        page = beside.get(stems[image]) if image in stems else None
+        yield Entry(image, "", stamp=files.get(image, "")), texts[page] if page else captions.get(image)
+
+
+def _contents(address: Address, names: list[str]) -> Iterator[tuple[str, bytes]]:
+    try:
+        yield from zip(names, address.read_many(names), strict=True)
+    except OSError as error:
+        what = f"a caption cannot be read ({error.strerror or error})"
+        raise DataError(what, where=str(address), fix="Check the files' rights") from error
 
 
 def metadata_rows(root: Path, page: str) -> Iterator[tuple[str, str | None]]:
@@ -169,63 +181,6 @@ def metadata_rows(root: Path, page: str) -> Iterator[tuple[str, str | None]]:
         if not isinstance(file, str) or not isinstance(caption, str | None):
             raise DataError(f"row {number}: {column} or file_name is not text", where=str(path), fix="Correct that row")
         yield file, caption
-
-
-# Tar shards
-
-
-def _indexed(root: Path, tars: list[str]) -> Iterator[tuple[_Entry, str | None]]:
-    """Every picture of the tars with its caption. Reads headers and captions, and where each picture's bytes lie."""
-    for name in tars:
-        try:
-            with tarfile.open(root / name, "r:") as tar:
-                yield from _samples(name, tar)
-            _check_end(root / name, tar.offset)
-        except (tarfile.TarError, EOFError, OSError) as error:
-            fix = "Make or copy the shard again, uncompressed"
-            raise DataError(f"cannot be read as a tar ({error})", where=str(root / name), fix=fix) from error
-
-
-def _check_end(path: Path, offset: int) -> None:
-    """tarfile takes a damaged or cut header for the end; a whole tar ends in zeros."""
-    with open(path, "rb") as file:
-        file.seek(offset)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError(f"cut short or damaged at byte {offset}")
-
-
-def _samples(name: str, tar: tarfile.TarFile) -> Iterator[tuple[_Entry, str | None]]:
-    """The samples of one tar: members of one name up to the first dot, in order of first appearance."""
-    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
-    for member in tar:
-        folder, base = os.path.split(member.name)
-        key, dot, kind = base.partition(".")
-        if member.isfile() and key and dot:
-            samples.setdefault(os.path.join(folder, key), {})["." + kind.lower()] = member
-    for kinds in samples.values():
-        member = next((kinds[kind] for kind in IMAGE_TYPES if kind in kinds), None)
-        if member is not None:
-            entry = _Entry(name, "", member.name, member.offset_data, member.size)
-            yield entry, _sample_caption(name, tar, kinds)
-
-
-def _sample_caption(name: str, tar: tarfile.TarFile, kinds: Mapping[str, tarfile.TarInfo]) -> str | None:
-    for kind in (*CAPTION_TYPES, ".json"):
-        if kind not in kinds:
-            continue
-        where = f"{name}/{kinds[kind].name}"
-        try:
-            content = tar.extractfile(kinds[kind])
-            assert content is not None  # None for what is not a file, and only files are members of samples
-            text = content.read().decode("utf-8-sig")
-            page = json.loads(text) if kind == ".json" else {"text": text}
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise DataError(f"not UTF-8 {'JSON' if kind == '.json' else 'text'}", where=where, fix="Mend it") from error
-        caption = next((page[c] for c in CAPTION_COLUMNS if c in page), None) if isinstance(page, dict) else None
-        if not isinstance(caption, str | None):
-            raise DataError("the caption is not text", where=where, fix="Mend it")
-        return caption
-    return None
 
 
 # Decoding
@@ -248,6 +203,33 @@ def decode(content: bytes, *, name: str) -> UInt8[np.ndarray, "h w 3"]:
         if isinstance(error, Image.UnidentifiedImageError):
             raise BrokenPicture(name, "not a picture" if content else "empty file") from error
         raise BrokenPicture(name, " ".join(str(error).split()) or type(error).__name__) from error
+
+
+_HEAD = 1 << 16  # bytes that nearly always hold a picture's width and height
+
+
+def size_in(content: Callable[[int | None], bytes], *, name: str) -> tuple[int, int]:
+    """Height and width of a picture as `decode` gives it; `content(length)`: its first bytes, or all for None.
+
+    Raises BrokenPicture for what is no picture.
+    """
+    for length in (_HEAD, None):
+        page = content(length)
+        try:
+            with Image.open(io.BytesIO(page)) as image:
+                width, height = image.size
+                # asked of a PNG without it in front, Pillow would decode the picture to look behind it
+                turned = image.format != "PNG" or "exif" in image.info
+                orientation = image.getexif().get(ExifTags.Base.Orientation) if turned else None
+                return (width, height) if orientation in _SIDEWAYS else (height, width)
+        except Exception as error:
+            if length is None or len(page) < length:
+                reason = "not a picture" if page else "empty file"
+                raise BrokenPicture(name, reason) from error
+    raise AssertionError("the loop returns or raises")
+
+
+_SIDEWAYS = (5, 6, 7, 8)  # Exif orientations that turn a picture by a quarter
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

@@ -20,7 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from onestroke.data.source import BrokenPicture, Source, cut, ignore_interrupt, picture_at, place
+from onestroke.data.framing import cut, place
+from onestroke.data.loader import ignore_interrupt
+from onestroke.data.plan import picture_at
+from onestroke.data.source import BrokenPicture, Source
 from onestroke.errors import DataError, ResourceError
 from onestroke.types import Batch
 

@@ -19,11 +19,17 @@ TABLE_TYPES = (".jsonl", ".csv", ".parquet")
 def text_of(path: Path) -> str:
     """A UTF-8 file, without a byte order mark. Raises DataError."""
     try:
-        return path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 text (byte {error.start})", where=str(path), fix="Save it as UTF-8") from error
+        return text_in(path.read_bytes(), where=str(path))
     except OSError as error:
         raise DataError(f"cannot be read ({error.strerror})", where=str(path), fix="Check the path") from error
+
+
+def text_in(content: bytes, *, where: str) -> str:
+    """The text of a UTF-8 file with any kind of line ends, without a byte order mark. Raises DataError."""
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8 text (byte {error.start})", where=where, fix="Save it as UTF-8") from error
 
 
 def rows_of(path: Path, columns: Sequence[str] | None = None) -> list[dict]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from onestroke.config import OptimizerRecipe, Recipe
 from onestroke.distill.conditions import ImageEmbedder, TextEmbedder
+from onestroke.distill.crops import Crops, random_crops
+from onestroke.distill.decoding import Decoder
 from onestroke.distill.discriminator import Discriminator
 from onestroke.distill.features import FeatureNetwork
+from onestroke.distill.lora import trained_part
 from onestroke.distill.losses import (
     adversarial_loss,
     distillation_loss,
@@ -54,14 +57,18 @@ class ADD:
         student: nn.Module,
         features: FeatureNetwork,
         recipe: Recipe,
+        *,
+        embed_text: TextEmbedder | None = None,
+        embed_image: ImageEmbedder | None = None,
     ) -> None:
         self.model, self.recipe, self.features = teacher, recipe, features
         self.teacher = teacher.denoiser()
         self.student = teacher.denoiser(student, prediction_type=recipe.student.prediction_type)
+        self.decode = Decoder(teacher, recipe.decode)
         settings = recipe.discriminator
         device = teacher.device
-        self.embed_text = TextEmbedder(teacher, settings.text_encoder).to(device)
-        self.embed_image = ImageEmbedder(features, settings).to(device)
+        self.embed_text = (embed_text or TextEmbedder(teacher, settings.text_encoder)).to(device)
+        self.embed_image = (embed_image or ImageEmbedder(features, settings)).to(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             self.heads = Discriminator(
@@ -72,17 +79,15 @@ class ADD:
                 image_dim=self.embed_image.dim,
             ).to(device)
         self.players: Mapping[str, Player] = {
-            STUDENT: _player(student, recipe.student_optimizer, ema_images=recipe.student.ema_images),
+            STUDENT: _player(trained_part(student), recipe.student_optimizer, ema_images=recipe.student.ema_images),
             DISCRIMINATOR: _player(self.heads, recipe.discriminator_optimizer),
         }
 
     def rollout(self, batch: Batch, due: frozenset[str]) -> Rollout:
         """One student prediction, decoded once; features and teacher target for the players that are due."""
         model, seed, slots = self.model, self.recipe.seed, batch.slots
-        assert batch.images is not None, "the discriminator looks at pictures"
-        images = batch.images.to(model.device)
         with torch.no_grad():
-            latents = model.encode_images(images)
+            images, latents = self._given(batch)
             condition = self._condition(batch)
             fractions = uniform(seed, "s", slots)
             s = choose_timesteps(fractions, self.recipe.student, num_train_timesteps=len(model.schedule))
@@ -90,18 +95,29 @@ class ADD:
             x_s = model.schedule.student_input(latents, eps, s)
         with torch.set_grad_enabled(STUDENT in due):
             x0 = self.student(x_s, s.to(model.device), condition)
-            pixels = model.decode_latents(x0)
-            fake = self.features(self._part(pixels, slots, "fake crop"))
+            pixels, looked_at = self._decoded(x0, slots, "fake crop")
+            fake = self.features(looked_at)
         target = self._target(x0, condition, batch) if STUDENT in due and self.recipe.losses.distill_weight else None
         with torch.no_grad():
-            is_decoded = self.recipe.discriminator.real == "reconstructed"
-            shown = model.decode_latents(latents) if is_decoded else images
-            real, c_img = self._seen(self._part(shown, slots, "real crop"), due)
-            c_text = self.embed_text(batch.captions, condition) if self.heads.uses_text else None
+            shown = self._real(images, latents, slots)
+            real, c_img = self._seen(shown, due, batch.image_embeddings)
+            c_text = self._worded(batch, condition) if self.heads.uses_text else None
         has_image = (s != len(model.schedule) - 1).to(model.device)
         distance = self.recipe.losses.distance
         compared = pixels if distance == "pixel" else x0
         return Rollout(compared, fake, real, target, c_text, c_img, has_image, self._r1_gamma(batch))
+
+    @property
+    def frozen(self) -> list[nn.Module]:
+        """The networks that no player trains."""
+        model, given = self.model, [self.embed_text.encoder, self.embed_image.network, self.decode.tiny]
+        return [model.unet, model.vae, *model.text_encoders, self.features, *(net for net in given if net is not None)]
+
+    @property
+    def looks_at_whole_pictures(self) -> bool:
+        """Whether the image condition is an embedding of the data's own pictures, whole and at full size."""
+        settings = self.recipe.discriminator
+        return settings.crop == 1 and settings.real == "data" and self.recipe.decode.scale == 1
 
     def loss(self, player: str, rollout: Rollout) -> Loss:
         return self._student_loss(rollout) if player == STUDENT else self._discriminator_loss(rollout)
@@ -111,28 +127,62 @@ class ADD:
         if DISCRIMINATOR in due:
             self.heads.advance_spectral_norm()
 
-    def _part(self, images: Tensor, slots: Tensor, stream: str) -> Tensor:
-        """The part of each picture that the feature network is shown."""
+    def _decoded(self, latents: Tensor, slots: Tensor, stream: str) -> tuple[Tensor | None, Tensor]:
+        """Pictures of latents, whole where the pixel loss compares them, and the part that the heads look at."""
+        crops = self._crops(self.decode.picture_size(latents), slots, stream)
+        if crops is None:
+            pixels = self.decode(latents)
+            return pixels, pixels
+        if self.recipe.losses.distance == "pixel":
+            pixels = self.decode(latents)
+            return pixels, crops.of(pixels)
+        return None, self.decode.parts(latents, crops)
+
+    def _real(self, images: Tensor | None, latents: Tensor, slots: Tensor) -> Tensor:
+        """The part of the data's pictures that the heads look at."""
+        if self.recipe.discriminator.real == "reconstructed":
+            return self._decoded(latents, slots, "real crop")[1]
+        images = self.decode.resized(images)
+        crops = self._crops(images.shape[-2:], slots, "real crop")
+        return images if crops is None else crops.of(images)
+
+    def _crops(self, size: Sequence[int], slots: Tensor, stream: str) -> Crops | None:
+        """Where the heads look in pictures of this size; None: everywhere."""
         share = self.recipe.discriminator.crop
-        if share == 1:
-            return images
-        height, width = (max(1, round(share * side)) for side in images.shape[-2:])
-        tops, lefts = (
-            (uniform(self.recipe.seed, f"{stream} {axis}", slots) * (room + 1)).long().tolist()
-            for axis, room in (("top", images.shape[-2] - height), ("left", images.shape[-1] - width))
-        )
-        parts = [image[:, y : y + height, x : x + width] for image, y, x in zip(images, tops, lefts, strict=True)]
-        return torch.stack(parts).contiguous(memory_format=torch.channels_last)
+        return None if share == 1 else random_crops(size, share, slots, seed=self.recipe.seed, stream=stream)
 
     def _r1_gamma(self, batch: Batch) -> float:
         """The penalty's weight in this step of the heads; the slots number it, whatever part of the batch this is."""
         losses = self.recipe.losses
-        step = int(batch.slots.min()) // self.recipe.train.batch_size // self.recipe.discriminator_optimizer.every
+        step = min(batch.slots.tolist()) // self.recipe.train.batch_size // self.recipe.discriminator_optimizer.every
         return losses.r1_gamma * losses.r1_every if step % losses.r1_every == 0 else 0.0
 
-    def _seen(self, images: Tensor, due: frozenset[str]) -> tuple[list[Tensor] | None, Tensor | None]:
+    def _given(self, batch: Batch) -> tuple[Tensor | None, Tensor]:
+        """The batch's images, where it has any, and their latents, encoded unless they come with it."""
+        images = None if batch.images is None else batch.images.to(self.model.device)
+        if batch.latents is None:
+            assert images is not None, "a batch holds images or latents"
+            return images, self.model.encode_images(images)
+        return images, batch.latents.to(self.model.device, self._dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """That of what the frozen networks hand out."""
+        return torch.promote_types(torch.float32, self.model.vae.dtype)
+
+    def _worded(self, batch: Batch, condition: Condition) -> Tensor:
+        given = batch.text_embeddings
+        if given is None:
+            return self.embed_text(batch.captions, condition)
+        return given.to(self.model.device, self._dtype)
+
+    def _seen(
+        self, images: Tensor, due: frozenset[str], known: Tensor | None
+    ) -> tuple[list[Tensor] | None, Tensor | None]:
         """Features of the real pictures, if the discriminator is due, and their embedding, if heads are given it."""
         wanted, embedded = DISCRIMINATOR in due, self.heads.uses_image
+        if embedded and known is not None and self.looks_at_whole_pictures:
+            return self.features(images) if wanted else None, known.to(self.model.device, self._dtype)
         if wanted and embedded and self.embed_image.is_shared:
             return self.features.forward_and_embed(images)
         return self.features(images) if wanted else None, self.embed_image(images) if embedded else None
@@ -159,7 +209,7 @@ class ADD:
             else:
                 target = teacher_target(self.teacher, x0, eps, t, condition, blank, scale)
             if recipe.losses.distance == "pixel":
-                target = target._replace(x0=self.model.decode_latents(target.x0))
+                target = target._replace(x0=self.decode(target.x0))
         return target
 
     def _student_loss(self, rollout: Rollout) -> Loss:

@@ -33,26 +33,40 @@ class TextEmbedder(nn.Module):
     def forward(self, captions: Sequence[str], condition: Condition) -> Float[Tensor, "b d"]:
         """`condition` is the teacher's: its pooled embedding, or (SD has none) its hidden states' mean over tokens."""
         if self.encoder is not None:
-            ids = token_ids(self.tokenizer, captions).to(condition.text.device)
-            return self.encoder(ids).text_embeds
+            return self.encode(captions)
         return condition.text.mean(dim=1) if condition.pooled is None else condition.pooled
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> Float[Tensor, "b d"]:
+        """The CLIP text model's projection, where there is such a model."""
+        assert self.encoder is not None
+        return self.encoder(token_ids(self.tokenizer, captions).to(self.encoder.device)).text_embeds
 
 
 class ImageEmbedder(nn.Module):
-    """Pictures to one vector each, by the discriminator's own feature network or by a DINOv2 of its own.
+    """Pictures to one vector each, by the discriminator's own feature network or by another DINOv2.
 
-    `is_shared`: it is the discriminator's own, whose `forward_and_embed` gives features and embedding in one pass.
+    `is_shared`: it is the discriminator's own, whose `forward_and_embed` gives features and embedding in one pass; a
+    network that the recipe names twice is loaded once.
     """
 
     def __init__(self, features: FeatureNetwork, recipe: DiscriminatorRecipe) -> None:
         super().__init__()
-        own = recipe.image_encoder != "features"
-        self.network = load_features(recipe.image_encoder, source=recipe.image_encoder_source) if own else features
-        self.is_shared, self.dim = not own, self.network.embed_dim
+        self.is_shared = is_shared(recipe)
+        self.network = features
+        if not self.is_shared:
+            self.network = load_features(recipe.image_encoder, source=recipe.image_encoder_source)
+        self.dim = self.network.embed_dim
 
     @torch.no_grad()
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         return self.network.embed(images)
+
+
+def is_shared(recipe: DiscriminatorRecipe) -> bool:
+    """Whether the feature network embeds the pictures too."""
+    named = (recipe.image_encoder, recipe.image_encoder_source)
+    return recipe.image_encoder == "features" or named == (recipe.features, recipe.features_source)
 
 
 def _load_clip(source: str):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from onestroke.families.model import DiffusionModel
@@ -13,39 +15,77 @@ from onestroke.randomness import normal, stratified, uniform
 from onestroke.train.method import Loss, OptimizerSettings, Player
 from onestroke.types import Batch, Condition
 
+# Mean and deviation of logit(t / T) (SD3, arXiv 2403.03206, eq. 19). Stable Diffusion's schedule, made for 64 x 64
+# latents, has half of its timesteps below log-SNR -1.1, where little of 16 x 16 is left; these lie about log-SNR 0.
+LOGIT_NORMAL = (-0.7, 1.0)
+
 
 @dataclass(frozen=True)
 class DenoisingSettings:
     optimizer: OptimizerSettings
     blank_share: float = 0.1  # captions dropped, for classifier-free guidance
+    uniform_share: float = 1.0  # of the timesteps; the others are `LOGIT_NORMAL`'s
     ema_images: float = 20_000
     seed: int = 0
+
+
+class Hint(Protocol):
+    """A second task for the UNet's middle block, dropped after training; its `module` is trained along."""
+
+    module: nn.Module
+
+    def loss(self, middle: Float[Tensor, "b d h w"], batch: Batch) -> Tensor:
+        """What is added to the denoising loss."""
+        ...
+
+
+@dataclass(frozen=True)
+class Noised:
+    """One batch on its way into the UNet."""
+
+    x_t: Float[Tensor, "b c h w"]
+    target: Float[Tensor, "b c h w"]
+    t: Int[Tensor, " b"]
+    condition: Condition  # some captions dropped
+    batch: Batch
 
 
 class Denoising:
     """Train a model's UNet, and its text encoders with it where `train_text`."""
 
-    def __init__(self, model: DiffusionModel, settings: DenoisingSettings, *, train_text: bool = True) -> None:
-        self.model, self.settings = model, settings
+    def __init__(
+        self,
+        model: DiffusionModel,
+        settings: DenoisingSettings,
+        *,
+        train_text: bool = True,
+        hint: Hint | None = None,
+    ) -> None:
+        self.model, self.settings, self.hint = model, settings, hint
+        self._middle: list[Tensor] = []  # the middle block's last output, where a hint reads it
         parts: dict[str, nn.Module] = {"unet": model.unet.train()}
         if train_text:
             parts |= {f"text_{i}": encoder.train() for i, encoder in enumerate(model.text_encoders)}
+        if hint is not None:
+            parts["hint"] = hint.module
+            model.unet.mid_block.register_forward_hook(lambda block, given, output: self._middle.append(output))
         self.players: Mapping[str, Player] = {
             "denoiser": Player(nn.ModuleDict(parts), settings.optimizer, ema_images=settings.ema_images)
         }
 
-    def rollout(self, batch: Batch, due: frozenset[str]) -> tuple[Tensor, Tensor, Tensor, Condition]:
-        """Noised latents, the target, timesteps and the condition with some captions dropped."""
+    def rollout(self, batch: Batch, due: frozenset[str]) -> Noised:
+        """Noised latents and what belongs to them."""
         model, seed = self.model, self.settings.seed
         device = model.device
         x0 = self._latents(batch)
-        t = (stratified(seed, "t", batch.slots) * len(model.schedule)).long()
+        fractions = timestep_fractions(stratified(seed, "t", batch.slots), self.settings.uniform_share)
+        t = (fractions * len(model.schedule)).long()
         eps = normal(x0.shape[1:], seed, "eps", batch.slots).to(device)
         x_t = model.schedule.add_noise(x0, eps, t)
         target = model.schedule.target(x0, eps, t, model.prediction_type)
         condition = model.with_sizes(model.encode_prompts(batch.captions), batch.sizes, batch.picture_size)
         keep = (uniform(seed, "blank", batch.slots) >= self.settings.blank_share).to(device)
-        return x_t, target, t.to(device), _masked(condition, model.blank_prompts(condition), keep)
+        return Noised(x_t, target, t.to(device), _masked(condition, model.blank_prompts(condition), keep), batch)
 
     @torch.no_grad()
     def _latents(self, batch: Batch) -> Tensor:
@@ -54,14 +94,29 @@ class Denoising:
         assert batch.images is not None, "a batch holds images or latents"
         return self.model.encode_images(batch.images.to(self.model.device))
 
-    def loss(self, player: str, rollout: tuple[Tensor, Tensor, Tensor, Condition]) -> Loss:
-        """Mean squared error of the network's output, uniform over timesteps."""
-        x_t, target, t, condition = rollout
-        output = self.model.family.call_unet(self.model.unet, x_t, t, condition).float()
-        return Loss((output - target).square().mean())
+    def loss(self, player: str, rollout: Noised) -> Loss:
+        """Mean squared error of the network's output, uniform over timesteps; the hint's loss beside it."""
+        self._middle.clear()
+        r = rollout
+        output = self.model.family.call_unet(self.model.unet, r.x_t, r.t, r.condition).float()
+        denoising = (output - r.target).square().mean()
+        if self.hint is None:
+            return Loss(denoising)
+        hint = self.hint.loss(self._middle.pop(), r.batch)
+        return Loss(denoising + hint, {"denoising": denoising, "hint": hint})
 
     def finish_step(self, due: frozenset[str]) -> None:
         """Nothing to do."""
+
+
+def timestep_fractions(uniform: Float[Tensor, " b"], uniform_share: float) -> Float[Tensor, " b"]:
+    """Numbers in [0, 1) from uniform ones: `uniform_share` of them uniform, the others logit-normal."""
+    if uniform_share == 1:
+        return uniform
+    mean, deviation = LOGIT_NORMAL
+    rest = ((uniform - uniform_share) / (1 - uniform_share)).clamp(min=1e-6)
+    drawn = torch.sigmoid(mean + deviation * torch.special.ndtri(rest))
+    return torch.where(uniform < uniform_share, uniform / max(uniform_share, 1e-6), drawn)
 
 
 def _masked(condition: Condition, blank: Condition, keep: Tensor) -> Condition:

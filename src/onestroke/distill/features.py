@@ -15,11 +15,12 @@ from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from transformers import Dinov2Model
+from transformers import Dinov2Config, Dinov2Model
 
 from onestroke.errors import ModelError
 
 DINOV2_SOURCES = {"dinov2-small": "facebook/dinov2-small", "dinov2-large": "facebook/dinov2-large"}
+DINOV2_SHAPES = {"dinov2-small": (384, 12, 6), "dinov2-large": (1024, 24, 16)}  # width, blocks, heads
 FEATURE_NETWORKS = (*DINOV2_SOURCES, "efficientnet-lite0")
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]
@@ -44,6 +45,18 @@ def load_features(
     else:
         raise ModelError(f"feature network {name!r} is not known", fix=f"Use one of {', '.join(FEATURE_NETWORKS)}.")
     return network.to(dtype)
+
+
+def untrained_features(name: str, *, num_taps: int = 4) -> FeatureNetwork:
+    """The network in its published shape on the default device, DINOv2 with random weights: for sizes and speeds."""
+    if name not in DINOV2_SHAPES:
+        with torch.device("cpu"):  # its weights are there, and small
+            return load_features(name)
+    width, depth, num_heads = DINOV2_SHAPES[name]
+    config = Dinov2Config(
+        hidden_size=width, num_hidden_layers=depth, num_attention_heads=num_heads, image_size=518, patch_size=14
+    )
+    return FeatureNetwork(_Dinov2Taps(Dinov2Model(config), num_taps), IMAGENET_MEAN, IMAGENET_STD)
 
 
 class FeatureNetwork(nn.Module):
@@ -86,6 +99,10 @@ class FeatureNetwork(nn.Module):
     def forward_and_embed(self, images: Float[Tensor, "b 3 h w"]) -> tuple[list[Tensor], Float[Tensor, "b d"]]:
         """`forward` and `embed` in one pass."""
         return self.backbone.both(self._normalised(images))
+
+    def lower(self, dtype: torch.dtype) -> None:
+        """Keep the weights in `dtype`; pictures are still normalised and resized in the dtype of before."""
+        self.backbone.to(dtype)
 
     def _normalised(self, images: Tensor) -> Tensor:
         return images.to(self.scale.dtype) * self.scale + self.shift

@@ -9,14 +9,24 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from onestroke.config import StudentRecipe
+from onestroke.distill.lora import lora_student
 from onestroke.errors import ModelError
 from onestroke.families.load import load_model
 from onestroke.families.model import DiffusionModel
+from onestroke.operations import checkpointed_block
 from onestroke.schedule import student_timesteps
 
 
 def build_student(teacher: DiffusionModel, recipe: StudentRecipe, *, seed: int) -> UNet2DConditionModel:
-    """A trainable UNet in float32, initialised as the recipe says (ADD, table 1c: from the teacher)."""
+    """A trainable UNet in float32, initialised as the recipe says (ADD, table 1c: from the teacher).
+
+    With `recipe.lora` only the adapter is trainable, and all else is shared with the teacher.
+    """
+    if recipe.lora is not None:
+        unet = lora_student(teacher.unet, recipe.lora, seed=seed)
+        if recipe.gradient_checkpointing:
+            unet.enable_gradient_checkpointing(checkpointed_block)
+        return unet
     if recipe.source is not None:
         unet = _continued(teacher, recipe)
     elif recipe.unet is None and recipe.init == "teacher":
@@ -27,7 +37,7 @@ def build_student(teacher: DiffusionModel, recipe: StudentRecipe, *, seed: int) 
         if recipe.init == "teacher":
             copy_matching(teacher.unet, unet)
     if recipe.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        unet.enable_gradient_checkpointing(checkpointed_block)
     return unet.float().requires_grad_(True).train()
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from onestroke.precision import autocast_dtype
 from onestroke.train.method import OptimizerSettings
 from onestroke.train.optimizers import build_optimizer
 
@@ -82,6 +83,7 @@ def fit(
     """
     out.mkdir(parents=True, exist_ok=True)
     path, device = out / "training.pt", next(model.parameters()).device
+    dtype = autocast_dtype("auto", device)
     settings = OptimizerSettings(learning_rate, optimizer_kind, (0.9, 0.99), weight_decay=weight_decay)
     optimizer = build_optimizer(model, settings)
     average = [parameter.detach().clone() for parameter in model.parameters()]
@@ -104,7 +106,7 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(done / num_images, learning_rate)
         generator = torch.Generator().manual_seed(done)
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, enabled=dtype is not None, dtype=dtype or torch.bfloat16):
             loss = loss_of(images.to(device), indices, generator)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -18,9 +18,10 @@ from onestroke.data.comicset.dataset import ComicSource
 from onestroke.embedded.judge import FEATURE_WIDTH, Judge
 from onestroke.evaluate.collect import Observed, observe
 from onestroke.evaluate.drawn import MeasureCache
-from onestroke.evaluate.observer import Observer, Pictures, fingerprint, in_batches
+from onestroke.evaluate.observer import Observer, Pictures, in_batches
 from onestroke.evaluate.pictures import RealSet
 from onestroke.evaluate.prompts import PromptSet
+from onestroke.families.fingerprint import fingerprint
 
 JUDGE = "comic judge"
 SPLIT = "held-out"

@@ -1,4 +1,4 @@
-"""Train the embedded models from nothing: VAE, judge, then teacher; each stage resumes where it stopped."""
+"""Train the embedded models from nothing: VAE, judge, text encoders, teacher; each stage resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -9,27 +9,47 @@ from pathlib import Path
 import torch
 import yaml
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionXLPipeline
+from safetensors.torch import load_file
 
 from onestroke.config import PretrainRecipe
 from onestroke.data.comicset.dataset import ComicSource
+from onestroke.data.comicset.vocabulary import judged_values
+from onestroke.data.framing import cut, place
 from onestroke.data.latents import CachedLatents, cache_latents, latent_batches
-from onestroke.data.source import Source, cut, picture_at, place
+from onestroke.data.plan import picture_at
+from onestroke.data.source import Source
 from onestroke.distill.denoising import Denoising, DenoisingSettings
 from onestroke.embedded import TEACHER, embedded_teacher
 from onestroke.embedded.architecture import build_pipeline
 from onestroke.embedded.autoencoder import AutoencoderRecipe, train_autoencoder
 from onestroke.embedded.fit import Machine, fit, stack_images
-from onestroke.embedded.judge import Judge, judge_loss, labels_of, load_judge, new_judge, save_judge, settle_norms
+from onestroke.embedded.judge import (
+    NOTHING,
+    Judge,
+    judge_loss,
+    labels_of,
+    load_judge,
+    new_judge,
+    save_judge,
+    settle_norms,
+)
+from onestroke.embedded.naming import PictureNaming, TextNaming, named_labels
 from onestroke.errors import ModelError
-from onestroke.evaluate.observer import fingerprint
 from onestroke.export import export_folder
+from onestroke.families.fingerprint import fingerprint
 from onestroke.families.load import from_pipeline, load_pipeline
+from onestroke.precision import autocast_dtype, fast_dtype
 from onestroke.train.method import OptimizerSettings
 from onestroke.train.run import Observer, run_training
 from onestroke.train.trainer import Trainer, TrainSettings
+from onestroke.types import Batch
 
 JUDGE_PICTURES = 50_000  # different ones, shown again and again
-TEACHER_SETTINGS = ("size", "latent_images", "teacher_images", "batch_size", "learning_rate", "start", "seed")
+VALUES = {name: (NOTHING, *names) for name, names in judged_values().items()}
+TEXT_BATCH = 32
+TEXT_SETTINGS = ("text_captions", "learning_rate", "start", "seed")
+TEACHER_SETTINGS = (*TEXT_SETTINGS, "size", "latent_images", "teacher_images", "batch_size", "uniform_timesteps")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 def pretrain_vae(
@@ -51,7 +71,7 @@ def pretrain_vae(
 
 
 def adopt_vae(teacher: str, out: Path) -> None:
-    """Put the VAE of the teacher that training goes on from in `out/vae`, unless there is one."""
+    """Put this teacher's VAE in `out/vae`, unless there is one."""
     final = out / "vae" / "final"
     if not final.exists():
         _teacher(teacher).vae.save_pretrained(final)
@@ -112,10 +132,11 @@ def pretrain_latents(
     made_by = fingerprint(vae)
     vae.to(machine.device, memory_format=torch.channels_last)
     count = min(len(source), recipe.latent_images)
+    fast = fast_dtype(machine.device) != torch.float32
 
     @torch.no_grad()
     def encode(images: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(machine.device.type, torch.bfloat16):
+        with torch.autocast(machine.device.type, fast_dtype(machine.device), enabled=fast):
             latents = vae.encode(images.to(machine.device)).latent_dist.mean
         return latents.float().cpu() * vae.config.scaling_factor
 
@@ -130,6 +151,52 @@ def pretrain_latents(
         num_workers=machine.num_workers,
         log=lambda done: log(f"{done}/{count} pictures encoded"),
     )
+
+
+def pretrain_text(
+    out: Path,
+    source: ComicSource,
+    recipe: PretrainRecipe,
+    machine: Machine = Machine(),
+    *,
+    minutes: float | None = None,
+    observe: Observer = lambda progress, left: None,
+) -> bool:
+    """The text encoders in `out/text`, trained to tell what captions name; returns whether the end was reached."""
+    final = out / "text" / "final"
+    if final.exists():
+        return True
+    pipeline = _untrained(out, source, recipe)
+    for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
+        encoder.to(machine.device)
+
+    def labels_of(slots: torch.Tensor) -> torch.Tensor:
+        places = [picture_at(slot, len(source), seed=recipe.seed) for slot in slots.tolist()]
+        described = (source.described(place, slot=slot) for place, slot in zip(places, slots.tolist(), strict=True))
+        return torch.tensor([named_labels(caption.named, VALUES) for caption in described], device=machine.device)
+
+    optimizer = OptimizerSettings(
+        recipe.learning_rate, "muon", (0.9, 0.99), weight_decay=1e-2, warmup_images=1_600, decay="linear"
+    )
+    method = TextNaming(from_pipeline(pipeline), optimizer, VALUES, labels_of)
+    trainer = Trainer(
+        method, TrainSettings(recipe.text_captions, TEXT_BATCH, autocast=autocast_dtype("auto", machine.device))
+    )
+
+    def batches_from(first_slot: int) -> Iterator[Batch]:
+        for first in range(first_slot, recipe.text_captions, TEXT_BATCH):
+            slots = range(first, first + TEXT_BATCH)
+            captions = tuple(source.caption(picture_at(i, len(source), seed=recipe.seed), slot=i) for i in slots)
+            yield Batch(None, captions, torch.tensor(slots), torch.zeros(len(slots), 4, dtype=torch.int64))
+
+    text = yaml.safe_dump({name: getattr(recipe, name) for name in TEXT_SETTINGS}, sort_keys=False)
+    finished = run_training(trainer, batches_from, out / "text", recipe_text=text, minutes=minutes, observe=observe)
+    if finished:
+        for i, name in enumerate(TEXT_ENCODERS):
+            getattr(pipeline, name).load_state_dict(trainer.averages["text"][i].state_dict())
+            getattr(pipeline, name).save_pretrained(out / "text" / "saving" / name)
+        (out / "text" / "saving").replace(final)
+    return finished
 
 
 def pretrain_teacher(
@@ -153,9 +220,11 @@ def pretrain_teacher(
     optimizer = OptimizerSettings(
         recipe.learning_rate, "muon", (0.9, 0.99), weight_decay=1e-2, warmup_images=3_200, decay="linear"
     )
-    method = Denoising(from_pipeline(pipeline), DenoisingSettings(optimizer, ema_images=10_000, seed=recipe.seed))
-    settings = TrainSettings(recipe.teacher_images, recipe.batch_size, autocast=torch.bfloat16)
-    trainer = Trainer(method, settings)
+    settings = DenoisingSettings(optimizer, ema_images=10_000, uniform_share=recipe.uniform_timesteps, seed=recipe.seed)
+    method = Denoising(from_pipeline(pipeline), settings, hint=_hint(source, cache, recipe, pipeline))
+    trainer = Trainer(
+        method, TrainSettings(recipe.teacher_images, recipe.batch_size, autocast=autocast_dtype("auto", machine.device))
+    )
 
     def batches_from(first_slot: int):
         return latent_batches(
@@ -176,17 +245,49 @@ def pretrain_teacher(
     return finished
 
 
+def _hint(
+    source: Source, cache: CachedLatents, recipe: PretrainRecipe, pipeline: StableDiffusionXLPipeline
+) -> PictureNaming | None:
+    """What the UNet's middle block learns beside the denoising, where the source knows its pictures' attributes."""
+    if not isinstance(source, ComicSource):
+        return None
+    rows = [labels_of(source.character(index), VALUES) for index in cache.indices.tolist()]
+    labels = torch.tensor(rows, dtype=torch.int64)
+
+    def labels_at(slots: torch.Tensor) -> torch.Tensor:
+        return labels[[picture_at(slot, len(cache), seed=recipe.seed) for slot in slots.tolist()]]
+
+    hint = PictureNaming(pipeline.unet.config.block_out_channels[-1], VALUES, labels_at)
+    hint.module.to(pipeline.device)
+    return hint
+
+
 def _untrained(out: Path, source: Source, recipe: PretrainRecipe) -> StableDiffusionXLPipeline:
-    """The pipeline that training starts with: a new one, or `recipe.start`, whose VAE has to be the one in `out`."""
+    """The pipeline that training starts with: a new one, or `recipe.start`, whose VAE has to be the one in `out`.
+
+    Text encoders that are trained already, in `out/text`, take their place.
+    """
     vae = AutoencoderKL.from_pretrained(out / "vae" / "final")
     if recipe.start is None:
         captions = [source.caption(index) for index in range(0, len(source), max(1, len(source) // 8000))]
-        return build_pipeline(vae, captions, seed=recipe.seed)
-    pipeline = _teacher(recipe.start)
+        pipeline = build_pipeline(vae, captions, seed=recipe.seed)
+    else:
+        pipeline = _started(recipe.start, out, vae)
+    side = recipe.size // pipeline.vae_scale_factor  # of the pictures that are drawn where no size is asked for
+    pipeline.unet.register_to_config(sample_size=side)
+    trained = out / "text" / "final"
+    if trained.exists():
+        for name in TEXT_ENCODERS:
+            getattr(pipeline, name).load_state_dict(load_file(trained / name / "model.safetensors"))
+    return pipeline
+
+
+def _started(start: str, out: Path, vae: AutoencoderKL) -> StableDiffusionXLPipeline:
+    pipeline = _teacher(start)
     if fingerprint(pipeline.vae) != fingerprint(vae):
         raise ModelError(
             "this teacher has another VAE",
-            where=recipe.start,
+            where=start,
             fix=f"Copy its vae folder to {out / 'vae' / 'final'}, or train in a new folder.",
         )
     return pipeline

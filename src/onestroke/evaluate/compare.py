@@ -69,6 +69,7 @@ class Task:
 
     `prompts`: each once, in the order they are drawn. `real` and `reference`: halves of the held-out pictures.
     `with_floor`: the teacher is drawn once more with other seeds, which tells how far it is from itself.
+    `spread_prompts`: how many prompts are drawn with `SPREAD_SEEDS` seeds each; None takes `SPREAD_PROMPTS`.
     """
 
     ways: Ways
@@ -79,6 +80,7 @@ class Task:
     cache: Path
     vae_of: DiffusionPipeline | None = None  # whose VAE reconstructs the real pictures
     with_floor: bool = True
+    spread_prompts: int | None = None
     group_by: tuple[str, ...] | None = None  # columns of the prompts; None: all with few values
 
 
@@ -136,7 +138,8 @@ def plan_of(task: Task) -> Plan:
     students = [drawn("student", way) for way in task.ways.student.values()]
     reference, real = (_first(pictures, count) for pictures in (task.reference, task.real))
     rebuilt = [ReconstructedSet(real, task.vae_of)] if task.vae_of else []
-    some = orders_of(prompts.texts[:SPREAD_PROMPTS], repeats=SPREAD_SEEDS, first_seed=SPREAD_FIRST_SEED)
+    num_varied = SPREAD_PROMPTS if task.spread_prompts is None else task.spread_prompts
+    some = orders_of(prompts.texts[:num_varied], repeats=SPREAD_SEEDS, first_seed=SPREAD_FIRST_SEED)
     varied = {
         s.label: DrawnSet(f"{s.label}, {SPREAD_SEEDS} seeds of a prompt", s.role, s.way, some, cache)
         for s in (*teachers, *students)

@@ -23,10 +23,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
+from onestroke.config import Recipe
 from onestroke.distill.features import load_features
 from onestroke.errors import ModelError, OnestrokeError
 from onestroke.evaluate.findings import Missing
-from onestroke.evaluate.observer import Observe, Observer, Pictures, fingerprint, in_batches
+from onestroke.evaluate.observer import Observe, Observer, Pictures, in_batches
+from onestroke.families.fingerprint import fingerprint
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 STYLE = "style"  # the part of a row that holds the style of a picture
@@ -169,6 +171,17 @@ FEATURES: Mapping[str, Kind] = {
         title="EfficientNet-lite0 (ImageNet)",
     ),
 }  # fmt: skip
+
+
+def trained_against(recipe: Recipe | None) -> set[str]:
+    """The networks whose picture features the discriminator saw: as what it judges, or as the image condition."""
+    if recipe is None:
+        return set()
+    discriminator = recipe.discriminator
+    seen = {discriminator.features}
+    if discriminator.conditioning in ("image", "both") and discriminator.image_encoder != "features":
+        seen.add(discriminator.image_encoder)
+    return seen | ({STYLE} if "efficientnet-lite0" in seen else set())
 
 
 def resized(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -49,16 +48,6 @@ def looks() -> Observer:
 
     parts = {"saturation": 1, "contrast": 1, "sharpness": 1} | {f"grid {g.name}": 4 * g.side**2 for g in GRIDS}
     return Observer("looks", LOOKS_VERSION, parts, observe)
-
-
-def fingerprint(*modules: torch.nn.Module) -> str:
-    """A short name for weights, by their bytes: what the cache tells models apart by."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, value in sorted(module.state_dict().items()):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 def in_batches(call: Callable[[Pictures], torch.Tensor], pictures: Pictures, batch_size: int) -> np.ndarray:

@@ -12,10 +12,11 @@ import torch
 from diffusers import DiffusionPipeline
 from jaxtyping import UInt8
 
-from onestroke.data.source import BrokenPicture, Source, cut, place
+from onestroke.data.framing import cut, place
+from onestroke.data.source import BrokenPicture, Source
 from onestroke.errors import DataError, ModelError
 from onestroke.evaluate.drawn import PictureCache
-from onestroke.evaluate.observer import fingerprint
+from onestroke.families.fingerprint import fingerprint
 from onestroke.sample import draw
 
 Picture = UInt8[np.ndarray, "h w 3"]

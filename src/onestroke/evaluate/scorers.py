@@ -18,7 +18,8 @@ from transformers import AutoTokenizer, CLIPModel
 
 from onestroke.errors import ModelError
 from onestroke.evaluate.features import CLIP_MEAN, CLIP_STD, Kind, local_folder, normalised
-from onestroke.evaluate.observer import Observe, Pictures, fingerprint
+from onestroke.evaluate.observer import Observe, Pictures
+from onestroke.families.fingerprint import fingerprint
 from onestroke.families.tokens import token_ids
 
 BATCH = 32

@@ -37,7 +37,8 @@ def blank_prompts(model: DiffusionModel, like: Condition) -> Condition:
 
 def with_sizes(condition: Condition, sizes: Tensor, target: tuple[int, int]) -> Condition:
     goal = torch.tensor([target]).expand(len(sizes), 2).to(sizes)
-    ids = torch.cat([sizes, goal], dim=1).to(condition.text)  # b 6
+    dtype = torch.promote_types(condition.text.dtype, torch.float32)  # bfloat16 has no 1001
+    ids = torch.cat([sizes, goal], dim=1).to(condition.text.device, dtype)  # b 6
     return Condition(condition.text, condition.pooled, ids)
 
 

@@ -67,13 +67,14 @@ class Batcher:
 
     def __init__(
         self,
-        draw: Callable[[Sequence[Order]], list[Picture]],
+        draw: Callable[[Sequence[Order]], Sequence[Picture | OnestrokeError]],
         pace: Pace = Pace(),
         *,
         observe: Callable[[Sequence[Job], float], None] = lambda jobs, seconds: None,
         on_dropped: Callable[[], None] = lambda: None,
     ) -> None:
-        """`draw` runs in the worker thread; `observe(jobs, seconds)` in the event loop, after each batch."""
+        """`draw` runs in the worker thread and may give an error in a picture's place; `observe(jobs, seconds)` runs in
+        the event loop, after each batch."""
         self._draw, self.pace, self._observe, self._on_dropped = draw, pace, observe, on_dropped
         self._waiting: deque[Job] = deque()
         self._arrived = asyncio.Event()
@@ -101,7 +102,7 @@ class Batcher:
     @property
     def num_waiting(self) -> int:
         """Orders that wait and are still wanted."""
-        return sum(not job.future.done() for job in self._waiting)
+        return sum(not job.future.done() for job in list(self._waiting))  # a copy: other threads ask too
 
     def submit(self, orders: Sequence[Order]) -> list[Job]:
         """Take all of `orders` or none. Raises `QueueFull`."""
@@ -181,6 +182,10 @@ class Batcher:
         seconds = time.perf_counter() - began
         self._order_seconds += 0.1 * (seconds / len(jobs) - self._order_seconds)
         for job, picture in zip(jobs, pictures, strict=True):
-            if not job.future.done():
+            if job.future.done():
+                continue
+            if isinstance(picture, OnestrokeError):
+                job.future.set_exception(picture)
+            else:
                 job.future.set_result(Drawn(picture, began - job.arrived, seconds, len(jobs)))
         self._observe(jobs, seconds)

@@ -9,12 +9,17 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from onestroke.errors import OnestrokeError
+from onestroke.serve.allowance import Allowance
 from onestroke.serve.batcher import Batcher, Drawn, Pace, Picture
 from onestroke.serve.drawer import Drawer, check_text
 from onestroke.serve.meters import Meters
 from onestroke.serve.order import MAX_SEED, Limits, Notice, Order, RequestError, Start, UnknownModel
 from onestroke.serve.pictures import picture_bytes
+from onestroke.serve.safety import Safety
+from onestroke.serve.shelf import Shelf
 
+MAX_LORA_SCALE = 2.0
 SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 
 
@@ -33,35 +38,56 @@ class Plan:
     size: tuple[int, int]  # height, width
     notices: tuple[Notice, ...]
     strict: bool = False
+    lora: tuple[str, float] | None = None
 
     def order(self, *, start: Start | None = None, offset: int = 0) -> Order:
         """The order of the picture whose seed lies `offset` after the plan's."""
         seed = (self.seed + offset) % (MAX_SEED + 1)
-        return Order(self.drawer.name, self.prompt, seed, self.steps, self.size, start, self.strict)
+        return Order(self.drawer.name, self.prompt, seed, self.steps, self.size, start, self.strict, self.lora)
 
 
 class Desk:
     """The models of a server, what it allows, and the batcher before them."""
 
     def __init__(
-        self, drawers: Sequence[Drawer], limits: Limits = Limits(), pace: Pace = Pace(), *, software: str = "onestroke"
+        self,
+        drawers: Sequence[Drawer],
+        limits: Limits = Limits(),
+        pace: Pace = Pace(),
+        *,
+        software: str = "onestroke",
+        memory: int | None = None,
+        per_minute: float | None = None,
+        safety: Safety | None = None,
     ) -> None:
-        """`drawers`: the first is drawn with where a request names none. `software`: its name inside the pictures."""
+        """`drawers`: the first is drawn with where a request names none. `software`: its name inside the pictures.
+        `memory`: bytes of weights loaded at once. `per_minute`: pictures that one client may ask for."""
+        self.shelf, self.safety, self.allowance = Shelf(drawers, memory), safety, Allowance(per_minute)
         self.software = software
         self.drawers = {drawer.name: drawer for drawer in drawers}
         self.limits, self.meters, self.is_warm = limits, Meters(), False
         self.batcher = Batcher(
             self._draw, pace, observe=self.meters.batch_done, on_dropped=lambda: self.meters.dropped.inc()
         )
-        self.meters.watch_queue(lambda: self.batcher.num_waiting)
+        self.meters.watch(lambda: self.batcher.num_waiting, lambda: self.shelf.num_bytes if memory else 0)
 
-    def _draw(self, orders: Sequence[Order]) -> list[Picture]:
-        return self.drawers[orders[0].model].draw(orders)
+    def _draw(self, orders: Sequence[Order]) -> list[Picture | OnestrokeError]:
+        drawer = self.drawers[orders[0].model]
+        self.shelf.bring(drawer)
+        pictures = drawer.draw(orders)
+        if self.safety is None:
+            return pictures
+        return [why or picture for why, picture in zip(self.safety.check(pictures), pictures, strict=True)]
 
     async def warm(self) -> None:
         """Draw with each model once; `is_warm` from then on."""
-        for drawer in self.drawers.values():
-            await self.batcher.in_worker(drawer.warm)
+        for drawer in reversed(self.drawers.values()):  # the default is the one that stays under a tight budget
+
+            def warm(drawer: Drawer = drawer) -> None:
+                self.shelf.bring(drawer)
+                drawer.warm()
+
+            await self.batcher.in_worker(warm)
         self.is_warm = True
 
     def drawer(self, model: str | None) -> Drawer:
@@ -83,6 +109,8 @@ class Desk:
         steps: int | None = None,
         size: str | None = None,
         strict: bool = False,
+        lora: str | None = None,
+        lora_scale: float = 1.0,
     ) -> Plan:
         """Check a request. Raises `RequestError` or `UnknownModel`; what is merely changed becomes a notice."""
         drawer = self.drawer(model)
@@ -90,7 +118,16 @@ class Desk:
         steps = drawer.steps if steps is None else _within(steps, 1, self.limits.steps, "num_inference_steps")
         seed = secrets.randbelow(MAX_SEED + 1) if seed is None else _within(seed, 0, MAX_SEED, "seed")
         fitted, snapped = drawer.fit(_size_in(size), self.limits)
-        return Plan(drawer, prompt, seed, steps, fitted, (*snapped, *drawer.notices(prompt)), strict)
+        return Plan(
+            drawer,
+            prompt,
+            seed,
+            steps,
+            fitted,
+            (*snapped, *drawer.notices(prompt)),
+            strict,
+            _lora(drawer, lora, lora_scale),
+        )
 
     async def draw(self, orders: Sequence[Order], left: Callable[[], Awaitable[None]]) -> list[Drawn]:
         """All of `orders`, together in the queue. Raises `QueueFull`, and `Gone` once `left()` is done first."""
@@ -117,12 +154,27 @@ class Desk:
             "model": order.model,
             "software": self.software,
         }
+        if order.lora is not None:
+            metadata["lora"] = f"{order.lora[0]} at {order.lora[1]:g}"
         if order.start is not None:
             metadata["strength"] = f"{order.start.strength:g}"
         began = time.perf_counter()
         level = 1 if quick else 6
         data = await asyncio.to_thread(picture_bytes, drawn.picture, kind, metadata, compress_level=level)
         return data, time.perf_counter() - began
+
+
+def _lora(drawer: Drawer, name: str | None, scale: float) -> tuple[str, float] | None:
+    if name is None:
+        return None
+    if name not in drawer.loras:
+        known = ", ".join(sorted(drawer.loras)[:20])
+        fix = f"Choose one of {known}." if known else "Leave it out: this server was started without --loras."
+        raise RequestError(f"there is no LoRA {name[:80]!r}", where="lora", fix=fix)
+    if not -MAX_LORA_SCALE <= scale <= MAX_LORA_SCALE:
+        fix = f"Send {-MAX_LORA_SCALE:g} to {MAX_LORA_SCALE:g}."
+        raise RequestError(f"{scale} is out of range", where="lora_scale", fix=fix)
+    return (name, scale)
 
 
 def _within(value: int, low: int, high: int, where: str) -> int:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoPipelineForImage2Image, DiffusionPipeline, SchedulerMixin
 
 from onestroke.sample import draw
+from onestroke.serve.loras import Wardrobe
 from onestroke.serve.order import Limits, Notice, Order, RequestError, Start
 
 
@@ -42,6 +43,13 @@ def canvas_of(pipeline: DiffusionPipeline, *, square_only: bool = False) -> Canv
     return Canvas(pipeline.unet.config.sample_size * scale, max(8, scale * 2**levels), square_only)
 
 
+def num_bytes_of(pipeline: DiffusionPipeline) -> int:
+    """Of its weights in memory."""
+    modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    tensors = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
 class Drawer:
     """One model of the server. `draw` is for the worker thread alone, everything else for the event loop."""
 
@@ -55,15 +63,45 @@ class Drawer:
         square_only: bool = False,
         unknown_words: Callable[[str], list[str]] | None = None,
         phrases: Sequence[str] = (),
+        loras: Mapping[str, Path] | None = None,
+        reload: Callable[[], DiffusionPipeline] | None = None,
     ) -> None:
         """`steps`: where a request names none. `unknown_words`: of a prompt, where the model's vocabulary is known.
-        `phrases`: completions of a prompt."""
+        `phrases`: completions of a prompt. `loras`: files by the names that requests may say. `reload`: the same
+        pipeline once more, after `release`."""
         self.name, self.steps, self.guidance = name, steps, guidance
         self.unknown_words, self.phrases = unknown_words, phrases
-        self.pipeline = pipeline
+        self.loras, self._reload = dict(loras or {}), reload
+        self.num_bytes = num_bytes_of(pipeline)
+        self._take(pipeline)
         self.canvas = canvas_of(pipeline, square_only=square_only)
         # A fast tokenizer holds its truncation as state: the event loop must not share the pipeline's.
         self._tokenizer = deepcopy(pipeline.tokenizer)
+
+    def _take(self, pipeline: DiffusionPipeline) -> None:
+        self._pipeline: DiffusionPipeline | None = pipeline
+        self._image_pipeline: DiffusionPipeline | None = None
+        self._wardrobe = Wardrobe(pipeline, self.loras)
+
+    @property
+    def pipeline(self) -> DiffusionPipeline:
+        assert self._pipeline is not None, "released; see shelf.py"
+        return self._pipeline
+
+    @property
+    def is_loaded(self) -> bool:
+        return self._pipeline is not None
+
+    def release(self) -> None:
+        """Let go of the weights until `restore`."""
+        assert self._reload is not None
+        self._pipeline = self._image_pipeline = None
+        del self._wardrobe
+
+    def restore(self) -> None:
+        """Load the weights again."""
+        assert self._reload is not None
+        self._take(self._reload())
 
     @property
     def max_tokens(self) -> int:
@@ -110,6 +148,7 @@ class Drawer:
     def draw(self, orders: Sequence[Order]) -> list[np.ndarray]:
         """The pictures (h w 3, uint8) of orders that share a key."""
         first = orders[0]
+        self._wardrobe.wear(first.lora)
         if first.start is None:
             return list(
                 draw(
@@ -126,11 +165,12 @@ class Drawer:
         drawn = self._redraw(orders, starts)
         return [masked(picture, start) for picture, start in zip(drawn, starts, strict=True)]
 
-    @cached_property
+    @property
     def _redrawing(self) -> DiffusionPipeline:
-        pipeline = AutoPipelineForImage2Image.from_pipe(self.pipeline)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+        if self._image_pipeline is None:
+            self._image_pipeline = AutoPipelineForImage2Image.from_pipe(self.pipeline)
+            self._image_pipeline.set_progress_bar_config(disable=True)
+        return self._image_pipeline
 
     @torch.inference_mode()
     def _redraw(self, orders: Sequence[Order], starts: Sequence[Start]) -> np.ndarray:

@@ -21,9 +21,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.websockets import WebSocketDisconnect, WebSocketState
 
 from onestroke.errors import OnestrokeError
+from onestroke.serve.allowance import TooFast
 from onestroke.serve.batcher import Job, QueueFull
 from onestroke.serve.desk import Desk
 from onestroke.serve.guard import PROTOCOL
+from onestroke.serve.openai_api import address_of
 from onestroke.serve.order import Notice, Order, RequestError, Start
 from onestroke.serve.pictures import MEDIA_TYPES, read_base64, start_of
 
@@ -53,6 +55,8 @@ class Draw(BaseModel):
     strength: float = 0.6
     format: Literal["png", "jpeg", "webp"] = "png"
     strict: bool = False
+    lora: str | None = None
+    lora_scale: float = 1.0
 
 
 class Cancel(BaseModel):
@@ -150,8 +154,10 @@ class Live:
             if sum(len(state.waiting) for state in self.panels.values()) >= self.desk.limits.panels:
                 raise RequestError("too many requests wait", fix=f"Ask for at most {self.desk.limits.panels} at once.")
             plan = self.desk.plan(
-                prompt=ask.prompt, model=ask.model, seed=ask.seed, steps=ask.steps, size=ask.size, strict=ask.strict
-            )
+                prompt=ask.prompt, model=ask.model, seed=ask.seed, steps=ask.steps, size=ask.size, strict=ask.strict,
+                lora=ask.lora, lora_scale=ask.lora_scale,
+            )  # fmt: skip
+            self.desk.allowance.take(address_of(self.socket), 1)
             start = None if ask.image is None else await asyncio.to_thread(self._start, ask, plan.size)
         except OnestrokeError as error:
             await self._send_error(ask, error)
@@ -239,7 +245,7 @@ class Live:
             "id": ask.id,
             "message": str(error) if known else "The picture could not be drawn.",
         }
-        if isinstance(error, QueueFull):
+        if isinstance(error, QueueFull | TooFast):
             answer["retry_after"] = error.retry_after
         self.desk.meters.answers.labels("live", "error").inc()
         await self._send_json(answer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
 
 from onestroke.serve.batcher import Job
 
@@ -27,12 +28,16 @@ class Meters:
         self.draw_seconds = Histogram(
             "onestroke_draw_seconds", "Seconds of a batch.", buckets=SECONDS, registry=self.registry
         )
+        self._bytes = Gauge(
+            "onestroke_model_bytes", "Weights in memory, under a memory budget.", registry=self.registry
+        )
         self._waiting = Gauge("onestroke_waiting", "Orders that wait.", registry=self.registry)
         self.live = Gauge("onestroke_live_connections", "Open WebSockets.", registry=self.registry)
 
-    def watch_queue(self, num_waiting: Callable[[], int]) -> None:
-        """Ask `num_waiting` whenever the figures are read."""
+    def watch(self, num_waiting: Callable[[], int], num_bytes: Callable[[], int]) -> None:
+        """Ask both whenever the figures are read."""
         self._waiting.set_function(num_waiting)
+        self._bytes.set_function(num_bytes)
 
     def batch_done(self, jobs: Sequence[Job], seconds: float) -> None:
         self.batch_size.observe(len(jobs))
@@ -42,3 +47,7 @@ class Meters:
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
+
+    def figures(self) -> list[Metric]:
+        """The same as values, to be sent elsewhere."""
+        return list(self.registry.collect())

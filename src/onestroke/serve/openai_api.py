@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, File, Form, Request, UploadFile
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import HTTPConnection
 
 from onestroke.serve.batcher import Drawn
 from onestroke.serve.desk import Desk, Plan
@@ -37,6 +38,8 @@ class Generation(BaseModel):
     seed: int | None = Field(None, description="the same seed is the same picture; further pictures count on from it")
     num_inference_steps: int | None = None
     strict: bool = Field(False, description="drawn alone: the same bits every time")
+    lora: str | None = Field(None, description="a name that /v1/models lists")
+    lora_scale: float = 1.0
 
 
 class NoticeOut(BaseModel):
@@ -86,6 +89,7 @@ class ModelOut(BaseModel):
     guidance: float
     max_tokens: int
     square_only: bool
+    loras: list[str]
 
 
 class Models(BaseModel):
@@ -100,6 +104,11 @@ def desk_of(request: Request) -> Desk:
     return request.app.state.desk
 
 
+def address_of(connection: HTTPConnection) -> str:
+    """Of whoever asks, without the port."""
+    return connection.client.host if connection.client else ""
+
+
 @router.get("/models")
 async def models(request: Request) -> Models:
     """The models that can be drawn with; the first is the one that a request without `model` gets."""
@@ -112,6 +121,7 @@ async def models(request: Request) -> Models:
                 guidance=drawer.guidance,
                 max_tokens=drawer.max_tokens,
                 square_only=drawer.canvas.square_only,
+                loras=sorted(drawer.loras),
             )
             for drawer in desk_of(request).drawers.values()
         ]
@@ -141,8 +151,11 @@ async def generations(request: Request, body: Generation) -> Pictures:
         steps=body.num_inference_steps,
         size=body.size,
         strict=body.strict,
+        lora=body.lora,
+        lora_scale=body.lora_scale,
     )
     count = _count(body.n, desk)
+    desk.allowance.take(address_of(request), count)
     orders = [plan.order(offset=i) for i in range(count)]
     ignored = _ignored(body.model_extra or {})
     return await _answer(request, plan, orders, ignored, body.output_format or "png", body.response_format)
@@ -164,13 +177,20 @@ async def edits(
     num_inference_steps: Annotated[int | None, Form()] = None,
     strength: Annotated[float, Form(description="in (0, 1]; 1 forgets the picture")] = 0.6,
     strict: Annotated[bool, Form()] = False,
+    lora: Annotated[str | None, Form()] = None,
+    lora_scale: Annotated[float, Form()] = 1.0,
 ) -> Pictures:
     """Redraw a picture by a prompt, all of it or where the mask says."""
     desk = desk_of(request)
     uploads = [*(image or []), *(images or [])]
     if len(uploads) != 1:
         raise RequestError(f"{len(uploads)} pictures were sent", where="image", fix="Send one.")
-    plan = desk.plan(prompt=prompt, model=model, seed=seed, steps=num_inference_steps, size=size, strict=strict)
+    plan = desk.plan(
+        prompt=prompt, model=model, seed=seed, steps=num_inference_steps, size=size, strict=strict,
+        lora=lora, lora_scale=lora_scale,
+    )  # fmt: skip
+    count = _count(n, desk)
+    desk.allowance.take(address_of(request), count)
     picture, region = await uploads[0].read(), None if mask is None else await mask.read()
 
     def read():
@@ -179,7 +199,7 @@ async def edits(
         return start_of(start, plan.size, strength=strength, mask=where)
 
     start = await asyncio.to_thread(read)
-    orders = [plan.order(start=start, offset=i) for i in range(_count(n, desk))]
+    orders = [plan.order(start=start, offset=i) for i in range(count)]
     return await _answer(request, plan, orders, [], output_format or "png", response_format)
 
 

@@ -53,6 +53,7 @@ class Order:
     size: tuple[int, int]  # height, width in pixels, one that the model draws
     start: Start | None = None
     strict: bool = False  # drawn alone: the same bits every time
+    lora: tuple[str, float] | None = None  # name and scale
 
     @property
     def mode(self) -> str:
@@ -62,7 +63,7 @@ class Order:
     def key(self) -> Hashable:
         """Orders of one key can share a batch."""
         strength = None if self.start is None else self.start.strength
-        return (self.model, self.size, self.steps, self.mode, strength)
+        return (self.model, self.size, self.steps, self.mode, strength, self.lora)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ MEDIA_TYPES = {
     "css": "text/css; charset=utf-8",
     "js": "text/javascript; charset=utf-8",
     "svg": "image/svg+xml",
-    "woff2": "font/woff2",
+    "ttf": "font/ttf",
     "txt": "text/plain; charset=utf-8",
 }
 
@@ -24,7 +24,7 @@ router = APIRouter(include_in_schema=False)
 
 @cache
 def studio_files() -> dict[str, bytes]:
-    """Every file of the page by its name below studio/, as in "fonts/bangers.woff2"."""
+    """Every file of the page by its name below studio/, as in "fonts/bangers.ttf"."""
     found: dict[str, bytes] = {}
 
     def walk(folder: Traversable, prefix: str) -> None:

@@ -13,10 +13,10 @@ from onestroke.types import Batch
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW or Muon, with a warm-up and then a constant, cosine or late linear learning rate over the run."""
+    """AdamW, in 8 bits too, or Muon; a warm-up, then a constant, cosine or late linear learning rate over the run."""
 
     learning_rate: float
-    kind: str = "adamw"  # adamw | muon: orthogonalised momentum for the matrices, AdamW for the rest
+    kind: str = "adamw"  # adamw | adamw8bit | muon: orthogonalised momentum for the matrices, AdamW for the rest
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0

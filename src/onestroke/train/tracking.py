@@ -36,6 +36,11 @@ class Tracker:
             file.write(json.dumps({"images": images, **means}) + "\n")
         self._sums, self._steps = {}, 0
 
+    def scalars(self, values: Mapping[str, float], images: int) -> None:
+        """Show numbers that a step does not give."""
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, images)
+
     def picture(self, name: str, image: np.ndarray, images: int) -> None:
         """Show an h w 3 uint8 picture."""
         self.writer.add_image(name, image, images, dataformats="HWC")

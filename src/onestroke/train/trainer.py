@@ -7,25 +7,35 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from onestroke.errors import NonFiniteLoss
+from onestroke.precision import training_attention
+from onestroke.schedule import exact
 from onestroke.train.method import Method, OptimizerSettings, Player
 from onestroke.train.optimizers import build_optimizer
+from onestroke.train.ranks import mean_of, num_ranks, rank
+from onestroke.train.sharding import average_gradients, gathered, local, outline, shard, sharded_copy
+from onestroke.train.speed import Speed
 from onestroke.types import Batch
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """`num_images` ends the run and shapes the learning rate; one step uses `batch_size` pictures."""
+    """`num_images` ends the run and shapes the learning rate; one step uses `batch_size` pictures, of all processes."""
 
     num_images: int
     batch_size: int
-    micro_batch_size: int | None = None  # pictures at once; gradients add up to the whole batch
+    micro_batch_size: int | None = None  # pictures at once in a process; gradients add up to the whole batch
     autocast: torch.dtype | None = None
+    sharded: frozenset[str] = frozenset()  # players whose weights, averages and optimizers are split over the processes
+    device: str = "cpu"  # where sharded players go
+    shows_speed: bool = False  # count operations: one picture more is computed before the first step
+    peak: float | None = None  # operations a second that a device could do at best, if known
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,7 @@ class Progress:
     images: int
     seconds: float
     terms: Mapping[str, float]
+    speed: Mapping[str, float] = field(default_factory=dict)
 
 
 class Trainer:
@@ -44,17 +55,25 @@ class Trainer:
     def __init__(self, method: Method, settings: TrainSettings) -> None:
         self.method, self.settings = method, settings
         self.step = self.images = self.first_images = 0
+        self.outlines = {name: outline(method.players[name].module) for name in sorted(settings.sharded)}
+        for name in self.outlines:
+            shard(method.players[name].module, torch.device(settings.device))
+        self.speed = Speed(settings.peak) if settings.shows_speed else None
+        self.rates: dict[str, float] = {}  # what a player's learning rate is multiplied by, after an alarm
         self.optimizers = {
             name: build_optimizer(player.module, player.optimizer) for name, player in method.players.items()
         }
         self.averages = {
-            name: deepcopy(player.module).requires_grad_(False)
+            name: self._copy(name, player.module).requires_grad_(False)
             for name, player in method.players.items()
             if player.ema_images
         }
 
+    def _copy(self, name: str, module: nn.Module) -> nn.Module:
+        return sharded_copy(module, self.outlines[name]) if name in self.outlines else deepcopy(module)
+
     def run(self, batches_from: Callable[[int], Iterator[Batch]]) -> Iterator[Progress]:
-        """Train until `num_images`; `batches_from(first_slot)` yields batches of `batch_size` pictures.
+        """Train until `num_images`; `batches_from(first_slot)` yields this process's parts of the batches.
 
         Yields after every step, when weights, averages and position agree: the moment to save, draw or stop.
         Raises `NonFiniteLoss` before anything is changed.
@@ -62,22 +81,40 @@ class Trainer:
         remaining = self.settings.num_images - self.images
         if remaining < self.settings.batch_size:
             return
-        started = time.monotonic()
+        started = before = time.monotonic()
         for batch in batches_from(self.images):
-            terms = self._step(batch)
-            yield Progress(self.step, self.images, time.monotonic() - started, terms)
+            due, counting = self._due(), time.monotonic()
+            if self.speed is not None:
+                self.speed.count(due, lambda one=batch.rows(slice(0, 1)), due=due: self._try(one, due))
+            before += time.monotonic() - counting
+            terms, now = self._step(batch), time.monotonic()
+            speed = {} if self.speed is None else self.speed.of(due, len(batch) * num_ranks(), now - before)
+            yield Progress(self.step, self.images, now - started, terms, speed)
             if self.settings.num_images - self.images < self.settings.batch_size:
                 return
+            before = time.monotonic()
+
+    def _due(self) -> frozenset[str]:
+        """The players that take part in this step."""
+        return frozenset(name for name, player in self.method.players.items() if self.step % player.every == 0)
+
+    def _try(self, batch: Batch, due: frozenset[str]) -> None:
+        """A step's losses and their gradients, which are dropped."""
+        self._backward(batch, due, 1.0, {})
+        for name in due:
+            self.method.players[name].module.zero_grad(set_to_none=True)
 
     def _step(self, batch: Batch) -> dict[str, float]:
-        players = self.method.players
-        due = frozenset(name for name, player in players.items() if self.step % player.every == 0)
+        players, due = self.method.players, self._due()
         terms: dict[str, Tensor] = {}
         for part, share in _micro_batches(batch, self.settings.micro_batch_size):
             self._backward(part, due, share, terms)
+        for name in sorted(due):
+            average_gradients(players[name].module.parameters())
+        terms = mean_of(terms)
         norms = {name: _clip(players[name]) for name in sorted(due)}
         self._check_finite(terms, norms)
-        self.images += len(batch)
+        self.images += len(batch) * num_ranks()
         for name in sorted(due):
             self._update(name)
         self.method.finish_step(due)
@@ -89,7 +126,8 @@ class Trainer:
         players = self.method.players
         dtype = self.settings.autocast
         device = next(next(iter(players.values())).module.parameters()).device.type
-        with torch.autocast(device, dtype or torch.bfloat16, enabled=dtype is not None), _only(players, due):
+        autocast = torch.autocast(device, dtype or torch.bfloat16, enabled=dtype is not None)
+        with autocast, training_attention(device, batch.num_pixels), _only(players, due):
             rollout = self.method.rollout(batch, due)
             for name in sorted(due):
                 with _only(players, {name}):
@@ -97,13 +135,14 @@ class Trainer:
                     with torch.autocast(device, enabled=False):
                         (loss.total * share).backward(retain_graph=name != max(due))
                 for key, value in {"loss": loss.total, **loss.terms}.items():
-                    value = value.detach().float() * share
+                    value = exact(value.detach()) * share
                     terms[f"{name}/{key}"] = terms.get(f"{name}/{key}", torch.zeros_like(value)) + value
 
     def _update(self, name: str) -> None:
         player, optimizer = self.method.players[name], self.optimizers[name]
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(player.optimizer, self.images, self.settings.num_images)
+            rate = learning_rate(player.optimizer, self.images, self.settings.num_images)
+            group["lr"] = rate * self.rates.get(name, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if player.ema_images:
@@ -128,16 +167,39 @@ class Trainer:
             "players": {name: player.module.state_dict() for name, player in self.method.players.items()},
             "averages": {name: module.state_dict() for name, module in self.averages.items()},
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "rates": dict(self.rates),
         }
+
+    def layout(self) -> dict[str, Tensor]:
+        """For `load_newest`: sharded players' tensors by their path in `state`, an optimizer's by its parameter's."""
+        found: dict[str, Tensor] = {}
+        for name in self.outlines:
+            modules = {f"players/{name}": self.method.players[name].module, f"averages/{name}": self.averages.get(name)}
+            for path, module in modules.items():
+                found |= {f"{path}/{key}": value for key, value in (module.state_dict() if module else {}).items()}
+            parameters = [p for group in self.optimizers[name].param_groups for p in group["params"]]
+            found |= {f"optimizers/{name}/state/{i}": p for i, p in enumerate(parameters)}
+        return found
 
     def load_state(self, state: Mapping) -> None:
         self.step, self.images = state["step"], state["images"]
         self.first_images = self.images
+        self.rates = dict(state.get("rates", {}))
         for name, player in self.method.players.items():
             player.module.load_state_dict(state["players"][name])
             self.optimizers[name].load_state_dict(state["optimizers"][name])
         for name, module in self.averages.items():
             module.load_state_dict(state["averages"][name])
+
+    def whole(self, name: str, *, average: bool) -> nn.Module | None:
+        """A player, or its average, with all its weights, to draw with or export; None in all processes but the first.
+
+        Every process has to call this. A sharded player comes as a copy on the CPU.
+        """
+        module = self.averages[name] if average else self.method.players[name].module
+        if name in self.outlines:
+            return gathered(module, self.outlines[name])
+        return module if rank() == 0 else None
 
 
 def learning_rate(settings: OptimizerSettings, images: int, num_images: int) -> float:
@@ -158,14 +220,15 @@ def ema_decay(half_life: float, images: int, step_images: int) -> float:
 
 @torch.no_grad()
 def _average(average: nn.Module, module: nn.Module, decay: float) -> None:
-    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
+    torch._foreach_lerp_([local(p) for p in average.parameters()], [local(p) for p in module.parameters()], 1 - decay)
     for mean, value in zip(average.buffers(), module.buffers(), strict=True):
         mean.copy_(value)
 
 
 def _clip(player: Player) -> float:
     limit = player.optimizer.max_grad_norm or math.inf
-    return nn.utils.clip_grad_norm_(player.module.parameters(), limit).item()
+    norm = nn.utils.clip_grad_norm_(player.module.parameters(), limit)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
 def _micro_batches(batch: Batch, size: int | None) -> Iterator[tuple[Batch, float]]:

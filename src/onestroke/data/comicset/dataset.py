@@ -55,6 +55,9 @@ class ComicSource:
         """The caption of picture `index` and what it names, not drawing it: its own, or the one that `slot` reads."""
         return self._worded(self.character(index), index, slot)
 
+    def size_of(self, index: int) -> tuple[int, int]:
+        return self.size, self.size
+
     def read(self, index: int, *, slot: int | None = None) -> Picture:
         character = self.character(index)
         return Picture(render(character, size=self.size), self._worded(character, index, slot).text)

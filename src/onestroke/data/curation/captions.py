@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
 from onestroke.data.curation.recipe import CaptionStage
 
 _BOILERPLATE = (
@@ -76,6 +78,10 @@ def clean_caption(caption: str | None, stage: CaptionStage) -> Cleaned:
         return Cleaned("", tuple(repairs), "empty" if not caption.strip() else "nothing but boilerplate")
     if stage.scripts and script_share(text, stage.scripts) < stage.min_script_share:
         return Cleaned(text, tuple(repairs), f"not in {' or '.join(stage.scripts)} script")
+    if stage.languages:
+        found, confidence = language(text)
+        if found not in stage.languages and confidence >= stage.min_confidence:
+            return Cleaned(text, tuple(repairs), f"in {found}, not {' or '.join(stage.languages)}")
     if len(text) > stage.max_chars:
         text = shortened(text, stage.max_chars)
         repairs.append("shortened")
@@ -161,7 +167,17 @@ def _listed(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-# Script and length
+# Script, language and length
+
+
+def language(text: str) -> tuple[str, float]:
+    """ISO 639 code of the likeliest language, and how sure that is, in [0, 1]: low for names and single words."""
+    return _identifier().classify(text)
+
+
+@lru_cache(maxsize=1)
+def _identifier() -> LanguageIdentifier:
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
 def script_share(text: str, scripts: Sequence[str]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import UInt8
@@ -15,6 +16,7 @@ from onestroke.data.folder import as_rgb
 SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}  # what is written, byte for byte where it is sound
 _OTHER_SUFFIXES = {"JPEG": (".jpeg", ".jpe", ".jfif"), "MPO": (".jpg", ".jpeg"), "TIFF": (".tif", ".tiff")}
 _ORIENTATION = 0x0112  # EXIF
+_ON_ITS_SIDE = (5, 6, 7, 8)  # orientations that change width and height
 
 
 class Undecodable(Exception):
@@ -23,16 +25,25 @@ class Undecodable(Exception):
 
 @dataclass(frozen=True)
 class Decoded:
-    image: UInt8[np.ndarray, "h w 3"]  # RGB, upright
+    picture: Image.Image  # RGB, upright; smaller than the file's where that was asked for
     kind: str  # as Pillow names it: "JPEG"
     repairs: tuple[str, ...]  # what was not as a trainer wants it
+    size: tuple[int, int]  # width, height of the whole picture, pixels
+
+    @cached_property
+    def image(self) -> UInt8[np.ndarray, "h w 3"]:
+        return np.asarray(self.picture)
 
 
-def decode(content: bytes, *, max_pixels: int = 89_000_000, animated: str = "first") -> Decoded:
+def decode(
+    content: bytes, *, max_pixels: int = 89_000_000, animated: str = "first", enough: int | None = None
+) -> Decoded:
     """The picture in `content`; what is transparent on white, the first frame of an animation.
 
-    Raises Undecodable for what is empty, no picture, cut short or damaged, larger than `max_pixels`, and for
-    animations if they are to be dropped. Colour profiles are not applied.
+    A JPEG is decoded to an eighth, a quarter or half of its size if its longer side still has `enough` pixels then:
+    most of the work is left out, and damage shows all the same. Raises Undecodable for what is empty, no picture, cut
+    short or damaged, larger than `max_pixels`, and for animations if they are to be dropped. Colour profiles are not
+    applied.
     """
     if not content:
         raise Undecodable("empty file")
@@ -41,9 +52,16 @@ def decode(content: bytes, *, max_pixels: int = 89_000_000, animated: str = "fir
             warnings.simplefilter("ignore")  # Pillow's on size and odd metadata: the size is judged here
             with Image.open(io.BytesIO(content)) as image:
                 _refuse(image, max_pixels, animated)
-                repairs = tuple(_repairs(image))
+                repairs, size = tuple(_repairs(image)), image.size
+                if enough and image.format == "JPEG":
+                    image.draft(None, tuple(-(-side * enough // max(size)) for side in size))
                 image.load()
-                return Decoded(np.array(as_rgb(ImageOps.exif_transpose(image))), image.format or "", repairs)
+                turned = image.getexif().get(_ORIENTATION, 1)
+                size = size[::-1] if turned in _ON_ITS_SIDE else size
+                picture = image if turned == 1 else ImageOps.exif_transpose(image)
+                if picture.mode != "RGB" or picture.has_transparency_data:
+                    picture = as_rgb(picture)
+                return Decoded(picture, image.format or "", repairs, size)
     except Undecodable:
         raise
     except Image.UnidentifiedImageError as error:

@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
+import xxhash
+from PIL import Image
 
 from onestroke.data.curation.captions import Cleaned, clean_caption
 from onestroke.data.curation.decoding import Decoded, Undecodable, decode, wrong_suffix
 from onestroke.data.curation.files import atomic
 from onestroke.data.curation.listing import Entry, Unreadable, read_bytes, read_entries
-from onestroke.data.curation.measures import MEASURES, Views
+from onestroke.data.curation.measures import ENOUGH, MEASURES, Views
 from onestroke.data.curation.near import thumbnail
 from onestroke.data.curation.recipe import MEASURED, CurationRecipe, function_of
 
@@ -24,7 +26,7 @@ SCHEMA = pa.schema(
     [("place", pa.int64()), ("dropped", pa.string()), ("reason", pa.string()), ("kind", pa.string()),
      ("repairs", pa.string()), ("width", pa.int32()), ("height", pa.int32()),
      *((stage, pa.float32()) for stage in MEASURED), ("caption", pa.large_string()), ("found_chars", pa.int32()),
-     ("sha256", pa.binary(32)), ("pixels", pa.binary()), ("thumb", pa.binary(3072))]
+     ("sha256", pa.binary(32)), ("pixels", pa.binary(16)), ("thumb", pa.binary(3072))]
 )  # fmt: skip
 
 
@@ -35,15 +37,21 @@ class Stages:
     recipe: CurationRecipe
     functions: Mapping[str, Callable]  # by stage; those that replace ours
 
-    def decode(self, content: bytes) -> Decoded:
-        """Raises Undecodable."""
+    def decode(self, content: bytes, *, enough: int | None = None) -> Decoded:
+        """The picture; a reduced one of `enough` pixels will do. Raises Undecodable."""
         stage = self.recipe.decode
         if "decode" not in self.functions:
-            return decode(content, max_pixels=stage.max_pixels, animated=stage.animated)
+            return decode(content, max_pixels=stage.max_pixels, animated=stage.animated, enough=enough)
         try:
-            return Decoded(np.asarray(self.functions["decode"](content), np.uint8), "", ("decode.function",))
+            picture = Image.fromarray(np.asarray(self.functions["decode"](content), np.uint8))
         except ValueError as error:
             raise Undecodable(str(error)) from error
+        return Decoded(picture, "", ("decode.function",), picture.size)
+
+    @property
+    def enough(self) -> int | None:
+        """Pixels of the longer side that the first pass has to see; None: all, as a function of the user's looks."""
+        return None if self.functions.keys() & {*MEASURED, "exact"} else ENOUGH
 
     def measure(self, stage: str, views: Views) -> float:
         score = self.functions[stage](views.image) if stage in self.functions else MEASURES[stage](views)
@@ -90,10 +98,10 @@ def examine(entry: Entry, stages: Stages) -> dict:
         return {"dropped": "read", "reason": str(error)}
     row = {"sha256": hashlib.sha256(content).digest()}
     try:
-        found = stages.decode(content)
+        found = stages.decode(content, enough=stages.enough)
     except Undecodable as error:
         return {**row, "dropped": "decode", "reason": str(error)}
-    height, width = found.image.shape[:2]
+    width, height = found.size
     repairs = list(found.repairs)
     if wrong_suffix(entry.member or entry.file, found.kind) and entry.kind != "row" and found.kind:
         repairs.append("name")
@@ -101,7 +109,7 @@ def examine(entry: Entry, stages: Stages) -> dict:
     row |= {"kind": found.kind, "width": width, "height": height}
     row |= {"caption": caption.text, "found_chars": len(entry.caption or "")}
     row["repairs"] = ", ".join([*repairs, *(f"caption: {what}" for what in caption.repairs)])
-    views = Views(found.image)
+    views = Views(found.picture, found.size)
     verdict = _verdict(row, views, stages)
     if verdict is None and caption.dropped and not stages.waits_for_caption:
         verdict = "captions", caption.dropped
@@ -110,8 +118,8 @@ def examine(entry: Entry, stages: Stages) -> dict:
     if verdict is not None:
         return {**row, "dropped": verdict[0], "reason": verdict[1]}
     same = stages.functions.get("exact")
-    row["pixels"] = same(found.image) if same else _pixel_digest(found.image)
-    row["thumb"] = thumbnail(found.image).tobytes()
+    row["pixels"] = xxhash.xxh3_128_digest(same(found.image)) if same else _pixel_digest(found)
+    row["thumb"] = thumbnail(views.coarse).tobytes()
     return row
 
 
@@ -128,7 +136,7 @@ def _verdict(row: dict, views: Views, stages: Stages) -> tuple[str, str] | None:
     return verdict
 
 
-def _pixel_digest(image: np.ndarray) -> bytes:
-    digest = hashlib.blake2b(repr(image.shape).encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(image))
+def _pixel_digest(found: Decoded) -> bytes:
+    digest = xxhash.xxh3_128(repr((found.size, found.picture.size)).encode())
+    digest.update(found.image)
     return digest.digest()

@@ -11,7 +11,9 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from onestroke.data.source import BrokenPicture, Crop, Source, cut, place
+from onestroke.data.buckets import Buckets
+from onestroke.data.framing import Crop, cut, place
+from onestroke.data.source import BrokenPicture, Source
 from onestroke.errors import DataError
 
 _PAPER, _INK, _FAINT = "#fbfaf6", "#1c1b1f", "#6f6b74"
@@ -38,16 +40,27 @@ class Inspection:
     num_pictures: int
     seen: tuple[Seen, ...]
     broken: tuple[str, ...]  # path and reason
-    size: tuple[int, int]  # height, width the trainer asks for
+    size: tuple[int, int]  # height, width the trainer asks for, without buckets
+    buckets: Buckets | None = None
 
 
-def inspect(source: Source, *, size: int, crop: Crop = "center", sample: int = 1000, seed: int = 0) -> Inspection:
-    """Read up to `sample` pictures, spread evenly over the set, and cut them to `size` pixels a side.
+def inspect(
+    source: Source,
+    *,
+    size: int,
+    crop: Crop = "center",
+    sample: int = 1000,
+    seed: int = 0,
+    buckets: Buckets | None = None,
+) -> Inspection:
+    """Read up to `sample` pictures, spread evenly over the set, and cut them to `size` pixels a side, or as `buckets`
+    say.
 
     Raises DataError where none can be read.
     """
     count = min(sample, len(source))
     seen, broken = [], []
+    sizes = {} if buckets is None else buckets.size_by_picture()
     for index in sorted({number * len(source) // count for number in range(count)}):
         try:
             picture = source.read(index)
@@ -56,13 +69,14 @@ def inspect(source: Source, *, size: int, crop: Crop = "center", sample: int = 1
             continue
         shape = picture.image.shape[:2]
         rng = np.random.default_rng((seed, index))
-        placement = place(shape, (size, size), rng, crop=crop, random_flip=False)
+        wanted = sizes.get(index, (size, size))
+        placement = place(shape, wanted, rng, crop=crop, random_flip=False)
         scale = placement.height / shape[0]
-        lost = 1 - size * size / (placement.height * placement.width)
-        seen.append(Seen(index, cut(picture.image, (size, size), placement), picture.caption, shape, scale, lost))
+        lost = 1 - wanted[0] * wanted[1] / (placement.height * placement.width)
+        seen.append(Seen(index, cut(picture.image, wanted, placement), picture.caption, shape, scale, lost))
     if not seen:
         raise DataError(f"none of {count} pictures can be read: {', '.join(broken[:3])}", fix="Mend the files.")
-    return Inspection(len(source), tuple(seen), tuple(broken), (size, size))
+    return Inspection(len(source), tuple(seen), tuple(broken), (size, size), buckets)
 
 
 def described(found: Inspection) -> list[str]:
@@ -75,12 +89,25 @@ def described(found: Inspection) -> list[str]:
     lines.append("longer side by shorter: " + _spread([max(one.size) / min(one.size) for one in seen]))
     lines.append("caption, words: " + _spread([len(one.caption.split()) for one in seen]))
     enlarged = sum(one.scale > 1 for one in seen) / len(seen)
-    lines.append(f"at {size} x {size}: {100 * enlarged:.0f}% are enlarged; the crop leaves out "
+    at = f"at {size} x {size}" if found.buckets is None else f"in {len(found.buckets)} buckets"
+    lines.append(f"{at}: {100 * enlarged:.0f}% are enlarged; the crop leaves out "
                  f"{100 * np.mean([one.lost for one in seen]):.0f}% of a picture on average, "
                  f"{100 * max(one.lost for one in seen):.0f}% at most")  # fmt: skip
+    lines += [] if found.buckets is None else _shares(found.buckets)
     repeated = len(seen) - len({one.caption for one in seen})
     lines.append(f"captions that another picture has too: {repeated:,}")
     lines.append("words most often: " + ", ".join(f"{word} {count:,}" for word, count in _words(seen)))
+    return lines
+
+
+def _shares(buckets: Buckets) -> list[str]:
+    """What goes into each bucket, a line each, and what goes into none."""
+    lines = []
+    for (height, width), members in zip(buckets.sizes, buckets.members, strict=True):
+        share = 100 * len(members) / buckets.num_pictures
+        lines.append(f"  {width} x {height}: {len(members):,} pictures ({share:.1f}%)")
+    if len(buckets.unreadable):
+        lines.append(f"  in none, for they cannot be read: {len(buckets.unreadable):,}")
     return lines
 
 
@@ -105,10 +132,20 @@ def contact_sheet(found: Inspection, *, columns: int = 8, rows: int = 6, cell: i
     draw = ImageDraw.Draw(sheet)
     for number, one in enumerate(shown):
         x, y = (_GAP + step[0] * (number % columns), _GAP + step[1] * (number // columns))
-        sheet.paste(Image.fromarray(one.image).resize((cell, cell), Image.Resampling.LANCZOS), (x, y))
+        shown = _fitted(one.image, cell)
+        sheet.paste(shown, (x + (cell - shown.width) // 2, y + (cell - shown.height) // 2))
         lines = textwrap.wrap(one.caption, max(8, cell // 7), max_lines=_LINES, placeholder=" ...")
         for row, line in enumerate(lines):
             draw.text((x, y + cell + 2 + 15 * row), line, _INK, caption)
         what = f"{one.size[1]} x {one.size[0]}, " + (f"enlarged {one.scale:.1f}x" if one.scale > 1 else "reduced")
+        if found.buckets is not None:
+            what = f"{one.size[1]} x {one.size[0]} to {one.image.shape[1]} x {one.image.shape[0]}"
         draw.text((x, y + cell + 3 + 15 * _LINES), what, _FAINT, note)
     return sheet
+
+
+def _fitted(image: UInt8[np.ndarray, "h w 3"], cell: int) -> Image.Image:
+    """The whole picture, its longer side `cell` pixels."""
+    scale = cell / max(image.shape[:2])
+    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+    return Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
@@ -15,11 +16,21 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from onestroke.data.curation.files import atomic
+from onestroke.data.curation.places import (
+    exists,
+    folders,
+    is_address,
+    is_folder,
+    joined,
+    length_of,
+    open_place,
+    read_place,
+)  # fmt: skip
+from onestroke.data.curation.sets import SET, TAG_COLUMNS, captions_of, is_set, picture_of
 from onestroke.data.folder import CAPTION_COLUMNS, CAPTION_TYPES, IMAGE_TYPES, METADATA, metadata_rows, natural_key
 from onestroke.errors import DataError
 
 PICTURE_TYPES = (*IMAGE_TYPES, ".jfif", ".jpe", ".avif")
-_TAG_COLUMNS = ("tag_string", "tags")
 _IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "img", "content")
 
 
@@ -32,21 +43,21 @@ class Entry(NamedTuple):
 
     source: str  # as the user gave it
     file: str  # below the source; "" where the source is the file
-    kind: str  # file | tar | row
+    kind: str  # file | tar | row | set
     member: str = ""  # of a tar
     offset: int = 0  # bytes; of a row its row group
-    length: int = -1  # bytes; of a row its place in the row group
+    length: int = -1  # bytes; of a row its place in the row group, or in the set
     caption: str | None = None
 
     @property
-    def path(self) -> Path:
-        return Path(self.source, self.file) if self.file else Path(self.source)
+    def place(self) -> str:
+        return joined(self.source, self.file)
 
     @property
     def name(self) -> str:
         """What a person looks for."""
-        inside = self.member or (f"row {self.offset}.{self.length}" if self.kind == "row" else "")
-        return "/".join(part for part in (self.file or self.path.name, inside) if part)
+        inside = self.member or (f"row {self.offset}.{self.length}" if self.kind in ("row", "set") else "")
+        return "/".join(part for part in (self.file or self.source.rstrip("/").rpartition("/")[2], inside) if part)
 
 
 _SCHEMA = pa.schema(
@@ -78,15 +89,19 @@ def write_listing(
 
 
 def list_source(source: str, log: Callable[[str], None]) -> Iterator[Entry]:
-    """The pictures of one source: a folder with pictures, tars and Parquet files below it, or one such file."""
-    path = Path(source)
-    if path.is_dir():
+    """The pictures of one source: a folder with pictures, tars and Parquet files below it, one such file, or a set."""
+    kind = os.path.splitext(source)[1].lower()
+    if is_set(source):
+        for row, caption in enumerate(captions_of(source)):
+            yield Entry(source, "", "set", "", 0, row, _named_caption({"text": caption}))
+    elif is_folder(source):
         yield from _folder(source, log)
-    elif not path.exists():
-        raise DataError("there is no such source", where=source, fix="Give a folder, a .tar or a .parquet file")
-    elif path.suffix.lower() == ".tar":
+    elif not exists(source):
+        fix = f"Give a folder, a .tar or a .parquet file, their address, or {SET}NAME of a set of the datasets library"
+        raise DataError("there is no such source", where=source, fix=fix)
+    elif kind == ".tar":
         yield from _tar(source, "", log)
-    elif path.suffix.lower() == ".parquet":
+    elif kind == ".parquet":
         yield from _rows(source, "")
     else:
         raise DataError("neither a folder, a tar nor a Parquet file", where=source, fix="Give the folder it lies in")
@@ -94,10 +109,10 @@ def list_source(source: str, log: Callable[[str], None]) -> Iterator[Entry]:
 
 def _folder(source: str, log: Callable[[str], None]) -> Iterator[Entry]:
     captions: dict[str, str | None] = {}  # of metadata, until the picture comes
-    for folder, names in _folders(source):
-        pages = [name for name in names if name in METADATA and _is_page(Path(source, folder, name))]
+    for folder, names in folders(source):
+        pages = [name for name in names if name in METADATA and _is_page(joined(source, os.path.join(folder, name)))]
         for page in pages:
-            for file, caption in metadata_rows(Path(source), os.path.join(folder, page)):
+            for file, caption in _metadata(source, os.path.join(folder, page)):
                 captions[os.path.normpath(os.path.join(folder, file))] = caption
         beside = {name for name in names if name.lower().endswith((*CAPTION_TYPES, ".json"))}
         for name in names:
@@ -113,23 +128,19 @@ def _folder(source: str, log: Callable[[str], None]) -> Iterator[Entry]:
         yield Entry(source, file, "file", caption=captions[file])
 
 
-def _folders(source: str) -> Iterator[tuple[str, list[str]]]:
-    """Each folder below `source`, relative to it, with its files, both in natural order; each once, links followed."""
-    visited: set[str] = set()
-    for folder, below, files in os.walk(source, followlinks=True):
-        real = os.path.realpath(folder)
-        seen = real in visited
-        visited.add(real)
-        below[:] = [] if seen else sorted((f for f in below if not f.startswith((".", "__MACOSX"))), key=natural_key)
-        if not seen:
-            relative = os.path.relpath(folder, source)
-            names = sorted((name for name in files if not name.startswith(".")), key=natural_key)
-            yield "" if relative == "." else relative, names
+def _metadata(source: str, page: str) -> Iterator[tuple[str, str | None]]:
+    if not is_address(source):
+        yield from metadata_rows(Path(source), page)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        name = os.path.basename(page)
+        Path(folder, name).write_bytes(read_place(joined(source, page)))
+        yield from metadata_rows(Path(folder), name)
 
 
-def _is_page(path: Path) -> bool:
+def _is_page(place: str) -> bool:
     """A metadata.parquet may hold pictures in place of file names."""
-    return path.suffix != ".parquet" or "file_name" in _schema(path).names
+    return not place.endswith(".parquet") or "file_name" in _schema(place).names
 
 
 def _beside(source: str, file: str, pages: set[str]) -> str | None:
@@ -137,7 +148,7 @@ def _beside(source: str, file: str, pages: set[str]) -> str | None:
     for kind in (*CAPTION_TYPES, ".json"):
         if stem + kind in pages:
             try:
-                content = Path(source, os.path.dirname(file), stem + kind).read_bytes()
+                content = read_place(joined(source, os.path.join(os.path.dirname(file), stem + kind)))
             except OSError:
                 continue
             caption = _caption_in(content, kind)
@@ -156,7 +167,7 @@ def _caption_in(content: bytes, kind: str) -> str | None:
 
 
 def _named_caption(page: object) -> str | None:
-    found = [page[name] for name in (*CAPTION_COLUMNS, *_TAG_COLUMNS) if name in page] if isinstance(page, dict) else []
+    found = [page[name] for name in (*CAPTION_COLUMNS, *TAG_COLUMNS) if name in page] if isinstance(page, dict) else []
     for value in found:
         if isinstance(value, list) and all(isinstance(tag, str) for tag in value):
             return ", ".join(value)
@@ -167,11 +178,11 @@ def _named_caption(page: object) -> str | None:
 
 def _tar(source: str, file: str, log: Callable[[str], None]) -> Iterator[Entry]:
     """Samples of a tar: members of one name up to the first dot, in order of first appearance."""
-    path = Path(source, file) if file else Path(source)
+    place = joined(source, file)
     samples: dict[str, dict[str, tuple[str, int, int]]] = {}
     pages: dict[str, str] = {}
     try:
-        with tarfile.open(path, "r:") as tar:
+        with open_place(place) as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
             for member in tar:
                 folder, base = os.path.split(member.name)
                 key, dot, kind = base.partition(".")
@@ -184,11 +195,11 @@ def _tar(source: str, file: str, log: Callable[[str], None]) -> Iterator[Entry]:
                     caption = _caption_in(content.read(), kind) if content else None
                     if caption is not None and (kind != ".json" or key not in pages):
                         pages[key] = caption
-            size, end = path.stat().st_size, tar.offset
-        if size < end + tarfile.BLOCKSIZE:
-            log(f"{path}: cut short; its {len(samples)} samples are taken")
+            end = tar.offset
+        if length_of(place) < end + tarfile.BLOCKSIZE:
+            log(f"{place}: cut short; its {len(samples)} samples are taken")
     except (tarfile.TarError, EOFError, OSError) as error:
-        log(f"{path}: damaged ({error}); the {len(samples)} samples before that are taken")
+        log(f"{place}: damaged ({error}); the {len(samples)} samples before that are taken")
     for key, kinds in samples.items():
         found = next((kinds[kind] for kind in PICTURE_TYPES if kind in kinds), None)
         if found is not None:
@@ -198,11 +209,12 @@ def _tar(source: str, file: str, log: Callable[[str], None]) -> Iterator[Entry]:
 # Parquet
 
 
-def _schema(path: Path) -> pa.Schema:
+def _schema(place: str) -> pa.Schema:
     try:
-        return parquet.read_schema(path)
+        with open_place(place) as file:
+            return parquet.read_schema(file)
     except (pa.ArrowException, OSError) as error:
-        raise DataError("cannot be read as Parquet", where=str(path), fix="Write the file again") from error
+        raise DataError("cannot be read as Parquet", where=place, fix="Write the file again") from error
 
 
 def _image_column(schema: pa.Schema) -> str | None:
@@ -218,22 +230,23 @@ def _image_column(schema: pa.Schema) -> str | None:
 
 def _rows(source: str, file: str) -> Iterator[Entry]:
     """Rows of a Parquet file with pictures; a file without is no source and yields nothing below a folder."""
-    path = Path(source, file) if file else Path(source)
-    schema = _schema(path)
+    place = joined(source, file)
+    schema = _schema(place)
     if _image_column(schema) is None:
         if file:
             return
         fix = f"It needs one of {', '.join(_IMAGE_COLUMNS)}"
         raise DataError(f"no column of picture bytes among {', '.join(schema.names)}", where=source, fix=fix)
-    captions = next((name for name in (*CAPTION_COLUMNS, *_TAG_COLUMNS) if name in schema.names), None)
-    page = parquet.ParquetFile(path)
-    for group in range(page.num_row_groups):
-        if captions:
-            values = page.read_row_group(group, columns=[captions])[captions].to_pylist()
-        else:
-            values = [None] * page.metadata.row_group(group).num_rows
-        for row, value in enumerate(values):
-            yield Entry(source, file, "row", "", group, row, _named_caption({"text": value}))
+    captions = next((name for name in (*CAPTION_COLUMNS, *TAG_COLUMNS) if name in schema.names), None)
+    with open_place(place) as opened:
+        page = parquet.ParquetFile(opened)
+        for group in range(page.num_row_groups):
+            if captions:
+                values = page.read_row_group(group, columns=[captions])[captions].to_pylist()
+            else:
+                values = [None] * page.metadata.row_group(group).num_rows
+            for row, value in enumerate(values):
+                yield Entry(source, file, "row", "", group, row, _named_caption({"text": value}))
 
 
 # Reading
@@ -249,27 +262,33 @@ def read_bytes(entry: Entry) -> bytes:
     """The picture's file; raises Unreadable, or DataError where the whole source, tar or Parquet file is gone."""
     try:
         if entry.kind == "row":
-            return _cell(str(entry.path), entry.offset, entry.length)
-        with open(entry.path, "rb") as file:
-            file.seek(entry.offset)
-            return file.read(entry.length)
+            return _cell(entry.place, entry.offset, entry.length)
+        if entry.kind == "set":
+            return _content(picture_of(entry.source, entry.length))
+        return read_place(entry.place, entry.offset, entry.length)
     except (OSError, pa.ArrowException) as error:
-        gone = Path(entry.source) if entry.kind == "file" else entry.path
-        if not gone.exists():
+        gone = entry.source if entry.kind == "file" else entry.place
+        if entry.kind != "set" and not (is_folder(gone) or exists(gone)):
             fix = "Bring it back and run again: it goes on where it stopped"
-            raise DataError("the source has vanished while it was read", where=str(gone), fix=fix) from error
+            raise DataError("the source has vanished while it was read", where=gone, fix=fix) from error
         raise Unreadable(getattr(error, "strerror", None) or "cannot be read") from error
 
 
-def _cell(path: str, group: int, row: int) -> bytes:
-    value = _group(path, group)[row].as_py()
-    value = value.get("bytes") if isinstance(value, Mapping) else value
+def _cell(place: str, group: int, row: int) -> bytes:
+    return _content(_group(place, group)[row].as_py())
+
+
+def _content(value: object) -> bytes:
+    """Bytes, or a struct as the datasets library has it: bytes, or the path of a file."""
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or (read_place(value["path"]) if value.get("path") else None)
     if value is None:
         raise Unreadable("no picture in this row")
     return value
 
 
 @lru_cache(maxsize=1)
-def _group(path: str, group: int) -> pa.ChunkedArray:
-    page = parquet.ParquetFile(path)
-    return page.read_row_group(group, columns=[_image_column(page.schema_arrow)]).column(0)
+def _group(place: str, group: int) -> pa.ChunkedArray:
+    with open_place(place) as file:
+        page = parquet.ParquetFile(file)
+        return page.read_row_group(group, columns=[_image_column(page.schema_arrow)]).column(0)

@@ -21,6 +21,7 @@ from onestroke.data.curation.decoding import Undecodable, decode
 from onestroke.data.curation.files import atomic
 from onestroke.data.curation.index import Tally, listed
 from onestroke.data.curation.listing import Entry, Unreadable, read_bytes, read_entries
+from onestroke.data.curation.pace import Pace, duration, projection
 from onestroke.data.curation.recipe import MEASURED, SCORED, STAGES, CurationRecipe
 from onestroke.errors import DataError
 
@@ -38,8 +39,6 @@ UNITS = {
 }  # fmt: skip
 _SIDE = 112  # pixels of an example
 _BINS = 40
-_MACHINES = (1, 4, 16)  # that the projection names
-_PROJECTED = 2_000_000  # pictures
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def write_page(
     *,
     recipe: CurationRecipe,
     sources: Sequence[str],
-    pictures_per_second: float | None,
+    pace: Pace,
     num_workers: int,
 ) -> None:
     """Write the page, which loads nothing from outside; its examples are read from the sources once more."""
@@ -96,9 +95,10 @@ def write_page(
         distributions=[_distribution(name, tally, gallery, recipe) for name in UNITS if _has(tally, name)],
         close=gallery.close_calls(),
         near_limit=recipe.near.at_most,
-        speed=pictures_per_second,
+        speed=pace.pictures_per_second,
+        parts=[(part, duration(seconds)) for part, seconds in pace.seconds.items() if seconds is not None],
         num_workers=num_workers,
-        projection=_projection(pictures_per_second),
+        projection=projection(pace),
         recipe=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False),
     )
     with atomic(path) as temporary:
@@ -121,15 +121,6 @@ def _funnel(tally: Tally, gallery: _Gallery, total: int) -> list[Row]:
             examples = gallery.shown(listed(tally.examples[stage]), stage=stage)
             rows.append(Row(TITLES[stage], dropped, left, left / max(total, 1), reasons, examples))
     return rows
-
-
-def _projection(speed: float | None) -> list[tuple[int, str]]:
-    """Machines and the time two million pictures would take them; the search for copies runs on one of them."""
-    return [(count, _duration(_PROJECTED / speed / count)) for count in _MACHINES] if speed else []
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.0f} minutes"
 
 
 # Pictures

@@ -9,10 +9,10 @@ import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from onestroke.config import Section, validated
 from onestroke.errors import RecipeError
@@ -44,6 +44,9 @@ class Limit(Section):
         return " and ".join(f"{name} {value:g}" for name, value in named if value is not None) or "anything"
 
 
+Language = Annotated[str, StringConstraints(pattern=r"^[a-z]{2,3}$")]
+
+
 class CaptionStage(Section):
     """Function: (caption, or None where there is none) -> the cleaned caption; an empty one drops the picture."""
 
@@ -53,6 +56,8 @@ class CaptionStage(Section):
     boilerplate: tuple[str, ...] = ()  # regular expressions to strike out, beside our own
     scripts: tuple[str, ...] = ("latin",)  # as Unicode names them in lower case; empty: any
     min_script_share: float = Field(0.8, ge=0, le=1)  # of the letters
+    languages: tuple[Language, ...] = ("en",)  # ISO 639 codes of those that are kept; empty: any
+    min_confidence: float = Field(0.6, ge=0, le=1)  # with which another language has to be seen
     min_chars: int = Field(3, ge=1)
     max_chars: int = Field(1000, ge=1)  # longer ones are cut at the end of a sentence or phrase
 
@@ -69,7 +74,7 @@ class NearStage(Section):
 
     enabled: bool = True
     function: str | None = None
-    at_most: float = Field(29.0, ge=0)  # levels of 255 in which the least similar tenth of two pictures differs
+    at_most: float = Field(23.0, ge=0)  # levels of 255 in which the least similar tenth of two pictures differs
 
 
 class Score(Limit):

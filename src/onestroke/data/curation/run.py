@@ -5,35 +5,34 @@ appears whole, and a run does those that are missing: however often it is stoppe
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import shutil
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from onestroke.data.curation.duplicates import find_copies, gather
+from onestroke.data.curation.duplicates import Pairs, Survivors, Thumbs, find_copies, gather, merged, search_part
 from onestroke.data.curation.examine import examine_shard, stages_of
 from onestroke.data.curation.files import atomic, remove_leftovers
 from onestroke.data.curation.finish import Pick, finish_shard, networks
 from onestroke.data.curation.index import Tally, write_index
 from onestroke.data.curation.listing import read_entries, write_listing
+from onestroke.data.curation.near import Index, whole_words
+from onestroke.data.curation.pace import Stopwatch
 from onestroke.data.curation.page import write_page
+from onestroke.data.curation.places import is_address, normal
+from onestroke.data.curation.processes import Engine, Processes
 from onestroke.data.curation.recipe import STAGES, CurationRecipe
-from onestroke.errors import DataError, ResourceError
+from onestroke.data.curation.sets import is_set
+from onestroke.errors import DataError
 from onestroke.ownership import sole_owner
 
 MARKER, INDEX, PAGE, WORK = "curation.json", "index.parquet", "curation.html", ".curation"
+SEARCHED = 8192  # pictures of one part of the search for copies
 Report = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 
 
@@ -51,18 +50,19 @@ def curate(
     out: str | Path,
     *,
     recipe: CurationRecipe | None = None,
-    num_workers: int = 1,
+    engine: Engine = Processes(1),
     log: Callable[[str], None] = print,
     on_progress: Report = lambda what, done, total: None,
 ) -> Outcome:
     """Curate the pictures of `sources` into WebDataset shards, an index and a page in the folder `out`.
 
-    The same sources and recipe go on where an earlier run stopped, or return at once when it was finished. Raises
-    DataError for an `out` that holds something else or that another run writes to, and for sources that cannot be read;
-    ResourceError where the disk or the memory is full.
+    `engine` does the work, by default this process. The same sources and recipe go on where
+    an earlier run stopped, or return at once when it was finished. Raises DataError for an `out` that holds something
+    else or that another run writes to, and for sources that cannot be read; ResourceError where the disk or the memory
+    is full.
     """
     out, recipe = Path(out).resolve(), recipe or CurationRecipe()
-    places = [str(Path(source).resolve()) for source in sources]
+    places = [normal(source) for source in sources]
     _refuse_overlap(out, places)
     _refuse_foreign(out)
     networks(recipe)  # what cannot be loaded is told before anything is read
@@ -76,16 +76,16 @@ def curate(
         work.mkdir(exist_ok=True)
         for folder in (out, work):
             remove_leftovers(folder)
-        started = time.monotonic()
-        job = _Job(work, out, recipe, num_workers, on_progress)
-        num_shards, num_new = job.measure(places, log)
+        watch = Stopwatch(work / "pace.json")
+        job = _Job(work, out, recipe, engine, watch, on_progress)
+        num_shards = job.measure(places, log)
         num_finished = job.write(job.pick(num_shards))
         on_progress("writing the page", 0, 1)
-        tally = write_index(work, out / INDEX, recipe=recipe, num_shards=num_shards, num_finished=num_finished)
+        with watch.timed("index", 1, 1):
+            tally = write_index(work, out / INDEX, recipe=recipe, num_shards=num_shards, num_finished=num_finished)
         outcome = _outcome(tally)
-        speed = num_new / (time.monotonic() - started) if num_new else None
-        write_page(out / PAGE, tally, work, recipe=recipe, sources=places, pictures_per_second=speed,
-                   num_workers=num_workers)  # fmt: skip
+        write_page(out / PAGE, tally, work, recipe=recipe, sources=places, pace=watch.pace(outcome.num_pictures),
+                   num_workers=engine.num_workers)  # fmt: skip
         _mark(out, {**order, "finished": vars(outcome)})
         shutil.rmtree(work)
     return outcome
@@ -97,7 +97,7 @@ def _outcome(tally: Tally) -> Outcome:
 
 
 def _refuse_overlap(out: Path, sources: Sequence[str]) -> None:
-    for source in map(Path, sources):
+    for source in (Path(source) for source in sources if not is_address(source) and not is_set(source)):
         if out == source or out in source.parents or source in out.parents:
             fix = "Write to a folder outside of the sources"
             raise DataError(f"the output folder and the source {source} lie in one another", where=str(out), fix=fix)
@@ -145,32 +145,32 @@ class _Job:
     work: Path
     out: Path
     recipe: CurationRecipe
-    num_workers: int
+    engine: Engine
+    watch: Stopwatch
     report: Report
 
-    def measure(self, sources: Sequence[str], log: Callable[[str], None]) -> tuple[int, int]:
-        """The first pass; returns the number of shards of the listing and of pictures that were measured now."""
+    def measure(self, sources: Sequence[str], log: Callable[[str], None]) -> int:
+        """The first pass; returns the number of shards of the listing."""
         listing, size = self.work / "listing.parquet", self.recipe.output.shard_size
         if not listing.exists():
             self.report("listing", 0, 1)
-            write_listing(sources, listing, shard_size=size, log=log)
-        page = parquet.ParquetFile(listing).metadata
+            with self.watch.timed("listing", 1, 1):
+                write_listing(sources, listing, shard_size=size, log=log)
+        num_shards = parquet.ParquetFile(listing).metadata.num_row_groups
         calls = [
             (listing, shard, self._measured(shard), size, self.recipe)
-            for shard in range(page.num_row_groups)
+            for shard in range(num_shards)
             if not self._measured(shard).exists()
         ]
-        self._each(_examine, calls, "measuring", page.num_row_groups)
-        return page.num_row_groups, sum(page.row_group(call[1]).num_rows for call in calls)
+        self._each(_examine, calls, "measuring", num_shards)
+        return num_shards
 
     def pick(self, num_shards: int) -> int:
         """The search for copies; returns how many pictures go on."""
         picked = self.work / "picked.parquet"
         if not picked.exists():
             survivors = gather([self._measured(shard) for shard in range(num_shards)], self.work / "thumbs.u8")
-            compare = stages_of(self.recipe).functions.get("near")
-            progress = partial(self.report, "searching copies")
-            copies = find_copies(survivors, self.recipe, compare=compare, on_progress=progress)
+            copies = find_copies(survivors, self.recipe, search=partial(self._search, survivors))
             place = survivors.place
             rows = [(int(place[row]), "exact", int(place[of]), None) for row, of in copies.exact.items()]
             rows += [(int(place[row]), "near", int(place[of]), apart) for row, (of, apart) in copies.near.items()]
@@ -181,6 +181,21 @@ class _Job:
             _write_rows(picked, [(int(value),) for value in left], _PICKED)
             (self.work / "thumbs.u8").unlink()
         return parquet.ParquetFile(picked).metadata.num_rows
+
+    def _search(self, survivors: Survivors, rows: np.ndarray) -> Pairs:
+        """The near pairs of `rows`, in parts that any worker can do."""
+        for name, values in (("rows", rows), ("words", whole_words(Thumbs(survivors.thumbs.path, rows)))):
+            with atomic(self.work / f"{name}.npy") as temporary, open(temporary, "wb") as file:
+                np.save(file, values)
+        parts = [self.work / f"near-{part:05d}.parquet" for part in range(-(-len(rows) // SEARCHED))]
+        calls = [(self.work, part, self.recipe) for part, path in enumerate(parts) if not path.exists()]
+        self._each(_search, calls, "searching copies", len(parts))
+        found = []
+        for path in parts:
+            pairs = parquet.read_table(path)
+            both = np.stack([pairs["one"].to_numpy(), pairs["other"].to_numpy()], axis=1)
+            found.append((rows[both], pairs["apart"].to_numpy()))
+        return merged(found)
 
     def write(self, num_picked: int) -> int:
         """The second pass; returns how many slices there are."""
@@ -199,13 +214,14 @@ class _Job:
     def _each(self, function: Callable, calls: list[tuple], what: str, total: int) -> None:
         done = total - len(calls)
         self.report(what, done, total)
-        for _ in _done(function, calls, self.num_workers):
-            done += 1
-            self.report(what, done, total)
+        with self.watch.timed(what, len(calls), total):
+            for _ in self.engine(function, calls):
+                done += 1
+                self.report(what, done, total)
 
 
 _COPIES = pa.schema([("place", pa.int64()), ("stage", pa.string()), ("of", pa.int64()), ("apart", pa.float32())])
-_CLOSE = pa.schema([("one", pa.int64()), ("other", pa.int64()), ("apart", pa.float32())])
+_CLOSE = pa.schema([("one", pa.int64()), ("other", pa.int64()), ("apart", pa.float64())])
 _PICKED = pa.schema([("place", pa.int64())])
 
 
@@ -220,6 +236,23 @@ def _examine(listing: Path, shard: int, out: Path, shard_size: int, recipe: Cura
     examine_shard(listing, shard, out, shard_size=shard_size, recipe=recipe)
 
 
+def _search(work: Path, part: int, recipe: CurationRecipe) -> None:
+    """The near pairs that the pictures of one part find, as rows of the search."""
+    thumbs, index = _searched(work, (work / "words.npy").stat().st_mtime_ns)
+    start, stop = part * SEARCHED, min(len(thumbs), (part + 1) * SEARCHED)
+    compare = stages_of(recipe).functions.get("near")
+    pairs, apart = search_part(thumbs, index, recipe.near.at_most, start=start, stop=stop, compare=compare)
+    rows = [(i, j, value) for (i, j), value in zip(pairs.tolist(), apart.tolist(), strict=True)]
+    _write_rows(work / f"near-{part:05d}.parquet", rows, _CLOSE)
+
+
+@lru_cache(maxsize=1)
+def _searched(work: Path, written: int) -> tuple[Thumbs, Index | None]:
+    """What all parts of a search share, once a process and a search; `written` is when."""
+    words = np.load(work / "words.npy")
+    return Thumbs(work / "thumbs.u8", np.load(work / "rows.npy")), Index(words) if len(words) > 1 else None
+
+
 def _finish(work: Path, out: Path, number: int, recipe: CurationRecipe) -> None:
     """Slice `number` of the pictures that were picked, as a shard."""
     size = recipe.output.shard_size
@@ -232,45 +265,3 @@ def _finish(work: Path, out: Path, number: int, recipe: CurationRecipe) -> None:
         wanted = set(chosen)
         picks += [Pick(entry, row) for entry, row in zip(entries, rows, strict=True) if row["place"] in wanted]
     finish_shard(picks, out / f"curated-{number:05d}.tar", work / f"finished-{number:05d}.parquet", recipe=recipe)
-
-
-# Processes
-
-
-def _done(function: Callable, calls: list[tuple], num_workers: int) -> Iterator[None]:
-    """Run all calls, in this process or in several; yields as each is done."""
-    if num_workers <= 1 or len(calls) <= 1:
-        for call in calls:
-            yield function(*call)
-        return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(min(num_workers, len(calls)), context, _start_worker)
-    waiting, left = set(), iter(calls)
-    try:
-        for call in left:
-            waiting.add(pool.submit(function, *call))
-            if len(waiting) >= 2 * num_workers:
-                finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in finished)
-        while waiting:
-            finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in finished)
-    except BrokenProcessPool as error:
-        fix = "Run it again: it goes on where it stopped; give fewer --workers if memory ran out"
-        raise ResourceError("a worker was killed", where="curate", fix=fix) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """Ctrl-C is the parent's to handle, and a worker whose parent was killed goes as well."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -23,10 +23,10 @@ export class Balloons extends EventTarget {
   }
 
   render() {
-    const { project } = this.history;
+    const { layout, balloons } = this.history.page;
     const focused = document.activeElement?.dataset?.balloon;
-    this.overlay.setAttribute("viewBox", `0 0 ${PAGE_WIDTH} ${pageHeight(project.layout)}`);
-    this.overlay.replaceChildren(...project.balloons.map((balloon) => this._element(balloon)));
+    this.overlay.setAttribute("viewBox", `0 0 ${PAGE_WIDTH} ${pageHeight(layout)}`);
+    this.overlay.replaceChildren(...balloons.map((balloon) => this._element(balloon)));
     if (focused) this.overlay.querySelector(`[data-balloon="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
   }
 
@@ -79,7 +79,7 @@ export class Balloons extends EventTarget {
   }
 
   _key(event) {
-    const balloon = this.history.project.balloons.find(({ id }) => id === this.selected);
+    const balloon = this.history.page.balloons.find(({ id }) => id === this.selected);
     if (!balloon) return;
     const arrow = ARROWS[event.key];
     if (arrow) {
@@ -101,6 +101,6 @@ export class Balloons extends EventTarget {
   remove() {
     const id = this.selected;
     this.select(null);
-    this.history.change("delete balloon", (project) => ({ ...project, balloons: project.balloons.filter((balloon) => balloon.id !== id) }));
+    this.history.changePage("delete balloon", (page) => ({ ...page, balloons: page.balloons.filter((balloon) => balloon.id !== id) }));
   }
 }

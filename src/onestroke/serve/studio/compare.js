@@ -1,7 +1,5 @@
 // Student and teacher side by side: the same prompt and seed under a slider.
 
-import { keyOf } from "./pictures.js";
-
 export class Compare {
   constructor(dialog, history, desk, models) {
     Object.assign(this, { dialog, history, desk, models });
@@ -17,12 +15,13 @@ export class Compare {
 
   open(index) {
     const other = this.models[1];
-    const panel = this.history.project.panels[index];
+    const panel = this.history.page.panels[index];
     this.index = index;
-    this.refined = { ...panel, model: other.id, steps: other.steps };
-    this.key = keyOf(this.refined, this.models[0].id);
+    const lora = other.loras.includes(panel.lora?.name) ? panel.lora : null; // the teacher may not have it
+    this.refined = { ...panel, model: other.id, steps: other.steps, lora };
+    this.key = this.desk.keyOfPanel(this.refined);
     this.plain = panel.model ? { ...panel, model: "", steps: 1 } : panel;
-    this.plainKey = keyOf(this.plain, this.models[0].id);
+    this.plainKey = this.desk.keyOfPanel(this.plain);
     this.dialog.querySelector("[data-compare=names]").textContent = `Left: ${this.models[0].id}, ${this.plain.steps} ${this.plain.steps === 1 ? "step" : "steps"}. Right: ${other.id}, ${other.steps} steps.`;
     if (!this.desk.pictures.has(this.key)) this.desk.draw("compare", this.refined, { key: this.key, compare: true });
     if (!this.desk.pictures.has(this.plainKey)) this.desk.draw("compare student", this.plain, { key: this.plainKey, compare: true });
@@ -52,7 +51,7 @@ export class Compare {
 
   _keep() {
     this.history.settle();
-    this.history.panel(this.index, "keep the teacher's picture", { model: this.refined.model, steps: this.refined.steps });
+    this.history.panel(this.index, "keep the teacher's picture", { model: this.refined.model, steps: this.refined.steps, lora: this.refined.lora });
     this.dialog.close();
   }
 }

@@ -1,10 +1,10 @@
-// Completions of the prompt from the phrases that the model was trained on.
+// Completions of the prompt from the phrases that the model was trained on, and from the names on the character sheet.
 
 const MOST = 6;
 
 export class Completions {
   constructor(input, list, onChoose) {
-    Object.assign(this, { input, list, onChoose, phrases: [], shown: [], active: -1 });
+    Object.assign(this, { input, list, onChoose, phrases: [], names: () => [], shown: [], active: -1 });
     input.addEventListener("input", () => this._update());
     input.addEventListener("blur", () => setTimeout(() => this.close(), 120));
     input.addEventListener("keydown", (event) => this._key(event));
@@ -23,13 +23,14 @@ export class Completions {
     for (let count = Math.min(4, words.length); count > 0 && !this.shown.length && !/\s$/.test(before); count--) {
       this.start = words.at(-count).index;
       const typed = before.slice(this.start).toLowerCase();
-      this.shown = typed.length < 2 ? [] : this._matches(typed, count === 1);
+      this.shown = typed.length < 2 && typed !== "@" ? [] : this._matches(typed, count === 1);
     }
     this.active = -1;
     this._render();
   }
 
   _matches(typed, anywhere) {
+    if (typed.startsWith("@")) return this.names().filter((name) => name.toLowerCase().startsWith(typed) && name.toLowerCase() !== typed).slice(0, MOST);
     const begin = this.phrases.filter((phrase) => phrase.startsWith(typed) && phrase !== typed);
     const within = anywhere ? this.phrases.filter((phrase) => phrase.includes(` ${typed}`)) : [];
     return [...new Set([...begin, ...within])].slice(0, MOST);

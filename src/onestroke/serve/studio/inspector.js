@@ -1,8 +1,9 @@
 // What is known and set of the chosen panel, and of the chosen balloon.
 
 import { Compare } from "./compare.js";
-import { keyOf } from "./pictures.js";
+import { LoraView } from "./lora.js";
 import { STEPS } from "./project.js";
+import { spoken } from "./sheet.js";
 import { Sketch } from "./sketch.js";
 
 const $ = (selector) => document.querySelector(selector);
@@ -15,6 +16,7 @@ export class Inspector {
     Object.assign(this, { history, desk, page, balloons, models, say, seeds: [] });
     this.sketch = new Sketch($("#sketch-dialog"));
     this.compare = new Compare($("#compare-dialog"), history, desk, models);
+    this.lora = new LoraView(models, (name, lora) => this._set(name, { lora }), () => this.panel);
     this._wirePanel();
     this._wireSketch();
     $("#variants").addEventListener("click", () => this.variants());
@@ -24,11 +26,12 @@ export class Inspector {
       if (this.sketch.dialog.open && detail.index === this.page.selected) this.sketch.show(this.desk.pictureOf(detail.index).bitmap);
     });
     page.addEventListener("select", () => { this.seeds = []; });
+    history.addEventListener("turn", () => { this.seeds = []; });
     $("#compare").hidden = models.length < 2;
   }
 
   get panel() {
-    return this.history.project.panels[this.page.selected];
+    return this.history.page.panels[this.page.selected];
   }
 
   _set(name, fields) {
@@ -73,6 +76,9 @@ export class Inspector {
     const index = this.page.selected;
     $("#panel-name").textContent = `Panel ${index + 1}`;
     if ($("#prompt").value !== panel.prompt) $("#prompt").value = panel.prompt;
+    const told = spoken(panel.prompt, this.history.project.sheet);
+    $("#spoken").hidden = !told.prompt || (told.prompt === panel.prompt.trim() && !told.unknown.length);
+    $("#spoken").textContent = `The model reads: ${told.prompt}${told.unknown.length ? ` (not on the character sheet: ${told.unknown.join(", ")})` : ""}`;
     $("#prompt").placeholder = `What does panel ${index + 1} show?`;
     $("#seed").value = panel.seed;
     $("#lock").setAttribute("aria-pressed", String(panel.locked));
@@ -80,6 +86,7 @@ export class Inspector {
     $("#lock").title = panel.locked ? "The seed stays while you write" : "Every change of words takes a new seed";
     for (const steps of STEPS) $(`#steps-${steps}`).checked = panel.steps === steps && !panel.model;
     $(`#fit-${panel.fit}`).checked = true;
+    this.lora.render();
     $("#kept-teacher").hidden = !panel.model;
     $("#kept-teacher-name").textContent = panel.model ? `Drawn by ${panel.model} in ${panel.steps} steps.` : "";
     $("#sketch").textContent = panel.sketch ? "Edit sketch…" : "Sketch…";
@@ -92,6 +99,7 @@ export class Inspector {
   renderPicture() {
     const index = this.page.selected;
     const state = this.desk.stateOf(index);
+    $("#save-picture").disabled = !this.desk.pictureOf(index);
     const chip = $("#panel-state");
     if (chip.textContent !== STATES[state]) chip.textContent = STATES[state];
     chip.dataset.state = state;
@@ -107,7 +115,7 @@ export class Inspector {
     this.seeds = Array.from({ length: NUM_VARIANTS }, newSeed);
     this.seeds.forEach((seed, variant) => {
       const panel = { ...this.panel, seed };
-      this.desk.draw(`variant ${variant + 1}`, panel, { key: keyOf(panel, this.models[0].id), variant });
+      this.desk.draw(`variant ${variant + 1}`, panel, { key: this.desk.keyOfPanel(panel), variant });
     });
     this.renderVariants();
     $("#variant-grid").querySelector("button")?.focus();
@@ -122,7 +130,7 @@ export class Inspector {
       button.type = "button";
       button.setAttribute("aria-label", `Keep variant ${variant + 1}, seed ${seed}`);
       button.setAttribute("aria-pressed", String(seed === this.panel.seed));
-      const picture = this.desk.pictures.get(keyOf({ ...this.panel, seed }, this.models[0].id));
+      const picture = this.desk.pictures.get(this.desk.keyOfPanel({ ...this.panel, seed }));
       if (picture) {
         const canvas = document.createElement("canvas");
         canvas.width = picture.bitmap.width;
@@ -156,7 +164,7 @@ export class Inspector {
   }
 
   renderBalloon() {
-    const balloon = this.history.project.balloons.find(({ id }) => id === this.balloons.selected);
+    const balloon = this.history.page.balloons.find(({ id }) => id === this.balloons.selected);
     $("#balloon-area").hidden = !balloon;
     if (!balloon) return;
     if ($("#balloon-text").value !== balloon.text) $("#balloon-text").value = balloon.text;

@@ -5,13 +5,14 @@ import { Completions } from "./completions.js";
 import { Desk } from "./desk.js";
 import { History } from "./history.js";
 import { Inspector } from "./inspector.js";
-import { LAYOUTS } from "./layouts.js";
+import { framesOf, LAYOUTS } from "./layouts.js";
 import { Live } from "./live.js";
 import { PageView } from "./page.js";
+import { Pages } from "./pages.js";
 import { newBalloon, newProject } from "./project.js";
-import { framesOf } from "./layouts.js";
 import { Files } from "./files.js";
 import { recall, remember } from "./memory.js";
+import { SheetView } from "./sheet_view.js";
 
 const $ = (selector) => document.querySelector(selector);
 
@@ -51,8 +52,12 @@ async function begin() {
   const page = new PageView($("#page"), store, desk);
   const inspector = new Inspector(store, desk, page, balloons, models, say);
   const files = new Files(store, desk, say);
+  const pages = new Pages(store, desk);
+  const sheet = new SheetView(store, say, write);
   const completions = new Completions($("#prompt"), $("#completions"), () => $("#prompt").dispatchEvent(new Event("input")));
   ask(`/v1/phrases?model=${encodeURIComponent(models[0].id)}`).then(({ phrases }) => { completions.phrases = phrases; }, () => {});
+  completions.names = () => store.project.sheet.characters.flatMap(({ name, attributes }) => [`@${name}`, ...attributes.map((one) => `@${name}.${one.name}`)]);
+  $("#save-picture").addEventListener("click", () => files.savePicture(page.selected));
 
   wireBar(store, balloons, page);
   wireLettering(store, balloons, page);
@@ -62,6 +67,8 @@ async function begin() {
     page.render();
     balloons.render();
     inspector.render();
+    sheet.render();
+    pages.render();
     renderBar(store);
   };
   store.addEventListener("change", () => {
@@ -74,6 +81,7 @@ async function begin() {
   desk.addEventListener("change", () => { page.paint(); inspector.renderPicture(); renderStatus(live, desk); });
   desk.addEventListener("fault", ({ detail }) => say(detail));
   page.addEventListener("select", render);
+  store.addEventListener("turn", ({ detail }) => { balloons.select(null); if (detail.moved) page.selected = 0; });
   balloons.addEventListener("select", () => inspector.renderBalloon());
   balloons.addEventListener("write", () => $("#balloon-text").focus());
   live.addEventListener("state", () => { renderStatus(live, desk); if (live.state === "open") desk.redraw(); });
@@ -85,10 +93,19 @@ async function begin() {
   document.body.dataset.ready = "true";
 }
 
+// Write into the panel's words, where the cursor is.
+function write(words) {
+  const prompt = $("#prompt");
+  const before = prompt.value.slice(0, prompt.selectionStart);
+  prompt.setRangeText(`${before && !/\s$/.test(before) ? " " : ""}${words} `, prompt.selectionStart, prompt.selectionEnd, "end");
+  prompt.dispatchEvent(new Event("input"));
+  prompt.focus();
+}
+
 function wireBar(store, balloons, page) {
   const layout = $("#layout");
   layout.replaceChildren(...Object.entries(LAYOUTS).map(([id, { name }]) => new Option(name, id)));
-  layout.addEventListener("change", () => store.change("layout", (project) => ({ ...project, layout: layout.value })));
+  layout.addEventListener("change", () => store.changePage("layout", (page) => ({ ...page, layout: layout.value })));
   $("#direction").addEventListener("change", ({ target }) => store.change("direction", (project) => ({ ...project, direction: target.value })));
   $("#title").addEventListener("input", ({ target }) => store.change("title", (project) => ({ ...project, title: target.value.slice(0, 200) })));
   $("#undo").addEventListener("click", () => store.undo());
@@ -106,10 +123,10 @@ function wireBar(store, balloons, page) {
 function wireLettering(store, balloons, page) {
   for (const button of document.querySelectorAll("[data-letter]")) {
     button.addEventListener("click", () => {
-      const frames = framesOf(store.project.layout, store.project.direction);
+      const frames = framesOf(store.page.layout, store.project.direction);
       const frame = frames[Math.min(page.selected, frames.length - 1)];
-      const balloon = newBalloon(button.dataset.letter, ...spotIn(frame, button.dataset.letter, store.project.balloons));
-      store.change("add lettering", (project) => ({ ...project, balloons: [...project.balloons, balloon] }));
+      const balloon = newBalloon(button.dataset.letter, ...spotIn(frame, button.dataset.letter, store.page.balloons));
+      store.changePage("add lettering", (page) => ({ ...page, balloons: [...page.balloons, balloon] }));
       store.settle();
       balloons.select(balloon.id);
       $("#balloon-text").focus();
@@ -147,12 +164,12 @@ function wireKeys(store, inspector, files) {
 
 function renderBar(store) {
   const { project } = store;
-  $("#layout").value = project.layout;
+  $("#layout").value = store.page.layout;
   $("#direction").value = project.direction;
   if (document.activeElement !== $("#title")) $("#title").value = project.title;
   for (const [id, steps] of [["#undo", store.past], ["#redo", store.future]]) {
     $(id).disabled = steps.length === 0;
-    $(id).title = steps.length ? `${id.slice(1)}: ${steps.at(-1).name.replace(/ [0-9a-f-]{36}$/, "")}` : "";
+    $(id).title = steps.length ? `${id.slice(1)}: ${steps.at(-1).name.replace(/ [0-9a-f-]{36}/, "")}` : "";
   }
 }
 

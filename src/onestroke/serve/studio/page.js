@@ -18,7 +18,8 @@ export class PageView extends EventTarget {
   }
 
   render() {
-    const { layout, direction, panels } = this.history.project;
+    const { layout, panels } = this.history.page;
+    const { direction } = this.history.project;
     const frames = framesOf(layout, direction);
     this.selected = Math.min(this.selected, frames.length - 1);
     this.element.style.aspectRatio = `1 / ${LAYOUTS[layout].ratio}`;
@@ -70,11 +71,11 @@ export class PageView extends EventTarget {
       const density = Math.min(2, window.devicePixelRatio || 1);
       const [width, height] = [Math.round(panel.clientWidth * density), Math.round(panel.clientHeight * density)];
       const picture = this.desk.pictureOf(index);
-      const shown = JSON.stringify([width, height, picture && this.desk.keyOf(index), state, this.history.project.panels[index].fit]);
+      const shown = JSON.stringify([width, height, picture && this.desk.keyOf(index), state, this.history.page.panels[index].fit]);
       if (canvas.dataset.shown === shown && canvas.picture === picture) return;
       Object.assign(canvas, { width, height, picture });
       canvas.dataset.shown = shown;
-      if (picture) paintPicture(canvas.getContext("2d"), picture.bitmap, [0, 0, width, height], this.history.project.panels[index].fit);
+      if (picture) paintPicture(canvas.getContext("2d"), picture.bitmap, [0, 0, width, height], this.history.page.panels[index].fit);
     });
   }
 }

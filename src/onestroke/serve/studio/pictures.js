@@ -1,11 +1,12 @@
 // Pictures by what they are drawn from. The same panel is the same picture, so undo shows it again without drawing.
 
-const MOST = 240;
+const MOST = 320; // all panels of a project, and variants
 
 // What a panel's picture depends on; `models` fills in the model that an empty name stands for.
 export function keyOf(panel, defaultModel) {
   const sketch = panel.sketch ? `${digest(panel.sketch.image)}/${digest(panel.sketch.mask ?? "")}/${panel.sketch.strength}` : "";
-  return JSON.stringify([panel.model || defaultModel, panel.prompt.trim(), panel.seed, panel.steps, sketch]);
+  const lora = panel.lora ? [panel.lora.name, panel.lora.scale] : [];
+  return JSON.stringify([panel.model || defaultModel, panel.prompt.trim(), panel.seed, panel.steps, sketch, ...lora]);
 }
 
 // FNV-1a over the text: tells sketches apart, no more.

@@ -1,84 +1,84 @@
-// The page as a PNG at print size, with its resolution and what it was drawn from inside.
+// Pages for print: as a PNG with its resolution and what it was drawn from inside, and in small for the list of pages.
 
+import { enlarged, FILTERS } from "./enlarge.js";
 import { framesOf, LAYOUTS, PAGE_WIDTH, pageHeight } from "./layouts.js";
 import { paintBalloon } from "./lettering.js";
 import { paintPicture } from "./pictures.js";
+import { international, physical, withChunks } from "./png.js";
+import { spoken } from "./sheet.js";
 
+export const INK = "#161418";
+export const FRAME_LINE = 3.5; // page units
 export const SIZES = {
   print: { name: "Print, 300 dpi (6.625 in wide)", width: 1988, dpi: 300 },
   screen: { name: "Screen (1000 px wide)", width: 1000, dpi: 96 },
   web: { name: "Webtoon (800 px wide)", width: 800, dpi: 96 },
 };
 
-// What each picture is enlarged by at `width` pixels: [{index, times, dpi}].
-export function enlargements(project, pictureOf, size) {
+export const loadFonts = () => Promise.all(['700 20px "Comic Neue"', '400 20px "Bangers"'].map((font) => document.fonts.load(font)));
+
+// What a picture is enlarged by in a frame of `width` x `height` pixels.
+function timesIn([width, height], bitmap, fit) {
+  const pick = fit === "fill" ? Math.max : Math.min;
+  return pick(width / bitmap.width, height / bitmap.height);
+}
+
+// What each panel of a page was drawn from and how it is printed: {panel, prompt, seed, steps, model, strength, lora, enlarged}.
+export function drawnFrom(project, page, pictureOf, { size, filter }, defaultModel) {
   const { width, dpi } = SIZES[size];
-  return framesOf(project.layout, project.direction).flatMap((frame, index) => {
-    const picture = pictureOf(index);
-    if (!picture) return [];
-    const pick = project.panels[index].fit === "fill" ? Math.max : Math.min;
-    const unit = width / PAGE_WIDTH;
-    const times = pick((frame[2] * unit) / picture.bitmap.width, (frame[3] * unit) / picture.bitmap.height);
-    return [{ index, times, dpi: dpi / times }];
+  const unit = width / PAGE_WIDTH;
+  return framesOf(page.layout, project.direction).map((frame, index) => {
+    const { prompt, seed, steps, model, sketch, lora, fit } = page.panels[index];
+    const told = spoken(prompt, project.sheet).prompt;
+    const entry = { panel: index + 1, prompt: told, seed, steps, model: model || defaultModel, strength: sketch?.strength,
+                    lora: lora ?? undefined };
+    const picture = told ? pictureOf(index, page) : undefined;
+    if (!picture) return { ...entry, enlarged: null };
+    const times = timesIn([frame[2] * unit, frame[3] * unit], picture.bitmap, fit);
+    const by = times > 1 ? FILTERS[filter].told : FILTERS.smooth.told;
+    return { ...entry, enlarged: { by, times: Number(times.toFixed(2)), effective_dpi: Math.round(dpi / times) } };
   });
 }
 
-export async function pagePng(project, pictureOf, size, defaultModel) {
-  const { width, dpi } = SIZES[size];
-  await Promise.all(['700 20px "Comic Neue"', '400 20px "Bangers"'].map((font) => document.fonts.load(font)));
+// Paint a picture into a frame of whole pixels, by our own filter.
+export function printPicture(context, bitmap, frame, fit, filter) {
+  const [x, y, right, bottom] = [frame[0], frame[1], frame[0] + frame[2], frame[1] + frame[3]].map(Math.round);
+  const times = timesIn([right - x, bottom - y], bitmap, fit);
+  const large = enlarged(bitmap, Math.round(bitmap.width * times), Math.round(bitmap.height * times), filter);
+  paintPicture(context, large, [x, y, right - x, bottom - y], fit);
+}
+
+// A page at `width` pixels; without a filter by the browser's own, which is quick.
+export function pageCanvas(project, page, pictureOf, width, filter) {
   const canvas = document.createElement("canvas");
   canvas.width = width;
-  canvas.height = Math.round(width * LAYOUTS[project.layout].ratio);
-  const context = canvas.getContext("2d");
+  canvas.height = Math.round(width * LAYOUTS[page.layout].ratio);
+  const context = canvas.getContext("2d", { alpha: false });
   context.fillStyle = "#ffffff";
   context.fillRect(0, 0, canvas.width, canvas.height);
-  context.scale(width / PAGE_WIDTH, canvas.height / pageHeight(project.layout));
-  framesOf(project.layout, project.direction).forEach((frame, index) => {
-    const picture = pictureOf(index);
-    if (picture) paintPicture(context, picture.bitmap, frame, project.panels[index].fit);
-    context.strokeStyle = "#161418";
-    context.lineWidth = 3.5;
-    context.strokeRect(...frame);
+  const [across, down] = [width / PAGE_WIDTH, canvas.height / pageHeight(page.layout)];
+  const frames = framesOf(page.layout, project.direction);
+  frames.forEach(([x, y, w, h], index) => {
+    const picture = pictureOf(index, page);
+    const frame = [x * across, y * down, w * across, h * down];
+    if (picture && filter) printPicture(context, picture.bitmap, frame, page.panels[index].fit, filter);
+    else if (picture) paintPicture(context, picture.bitmap, frame, page.panels[index].fit);
   });
-  for (const balloon of project.balloons) paintBalloon(context, balloon);
+  context.scale(across, down);
+  context.strokeStyle = INK;
+  context.lineWidth = filter ? FRAME_LINE : 9; // seen in small
+  for (const frame of frames) context.strokeRect(...frame);
+  for (const balloon of page.balloons) paintBalloon(context, balloon);
+  return canvas;
+}
+
+export async function pagePng(project, page, pictureOf, options, defaultModel) {
+  const { width, dpi } = SIZES[options.size];
+  await loadFonts();
+  const canvas = pageCanvas(project, page, pictureOf, width, options.filter);
   const blob = await new Promise((done) => canvas.toBlob(done, "image/png"));
-  const drawnFrom = framesOf(project.layout, project.direction).map((_, index) => {
-    const { prompt, seed, steps, model, sketch } = project.panels[index];
-    return { panel: index + 1, prompt, seed, steps, model: model || defaultModel, strength: sketch?.strength };
-  });
-  return withChunks(blob, [physical(dpi), international("onestroke", JSON.stringify({ title: project.title, panels: drawnFrom }))]);
-}
-
-// PNG chunks, by the PNG specification: length, type, data, CRC-32 of type and data.
-
-const CRC = Uint32Array.from({ length: 256 }, (_, n) => {
-  for (let k = 0; k < 8; k++) n = n & 1 ? 0xedb88320 ^ (n >>> 1) : n >>> 1;
-  return n >>> 0;
-});
-
-function chunk(type, data) {
-  const bytes = new Uint8Array(12 + data.length);
-  const view = new DataView(bytes.buffer);
-  view.setUint32(0, data.length);
-  bytes.set(new TextEncoder().encode(type), 4);
-  bytes.set(data, 8);
-  let crc = 0xffffffff;
-  for (const byte of bytes.subarray(4, 8 + data.length)) crc = CRC[(crc ^ byte) & 255] ^ (crc >>> 8);
-  view.setUint32(8 + data.length, (crc ^ 0xffffffff) >>> 0);
-  return bytes;
-}
-
-function physical(dpi) {
-  const data = new DataView(new ArrayBuffer(9));
-  data.setUint32(0, Math.round(dpi / 0.0254)); // pixels a metre
-  data.setUint32(4, Math.round(dpi / 0.0254));
-  data.setUint8(8, 1);
-  return chunk("pHYs", new Uint8Array(data.buffer));
-}
-
-const international = (keyword, content) => chunk("iTXt", new TextEncoder().encode(`${keyword}\0\0\0\0\0${content}`));
-
-async function withChunks(blob, chunks) {
-  const HEAD = 8 + 25; // signature and IHDR, which come first
-  return new Blob([blob.slice(0, HEAD), ...chunks, blob.slice(HEAD)], { type: "image/png" });
+  const panels = drawnFrom(project, page, pictureOf, options, defaultModel);
+  const number = project.pages.indexOf(page) + 1;
+  const chunks = [physical(dpi), international("onestroke", JSON.stringify({ title: project.title, page: number, panels }))];
+  return { blob: await withChunks(blob, chunks), width: canvas.width, height: canvas.height };
 }
