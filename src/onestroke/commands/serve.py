@@ -81,6 +81,7 @@ def run_serve(offer: Offer, *, console: Console) -> None:
         config = uvicorn.Config(
             app, log_level="warning", ws_max_size=app.state.desk.limits.upload_bytes, ws_ping_interval=20,
             ws_ping_timeout=20, timeout_graceful_shutdown=3, proxy_headers=False, server_header=False,
+            ws_per_message_deflate=False,  # pictures are compressed already
         )  # fmt: skip
         uvicorn.Server(config).run(sockets=[listener])
 
@@ -103,10 +104,12 @@ def app_of(offer: Offer, *, replica: Replica | None = None) -> FastAPI:
     cap_threads()
     limits, address, house = Limits(), offer.address, offer.house
     names = {name.lower() for name in (address.host, *address.names)} - {"0.0.0.0", "::"}
+    drawers = drawers_of(offer.model, offer.teacher, house)
+    on_cpu = all(drawer.pipeline.device.type == "cpu" for drawer in drawers)
     return build_app(
-        drawers_of(offer.model, offer.teacher, house),
+        drawers,
         rules=Rules(LOCAL_NAMES | names, address.token, limits.upload_bytes),
-        pace=Pace(offer.wait_ms / 1000, offer.max_batch, offer.max_queue),
+        pace=Pace(offer.wait_ms / 1000, offer.max_batch, offer.max_queue, takes_turns=on_cpu),
         limits=limits,
         with_page=offer.with_page,
         version=__version__,

@@ -160,7 +160,8 @@ class Desk:
             metadata["strength"] = f"{order.start.strength:g}"
         began = time.perf_counter()
         level = 1 if quick else 6
-        data = await asyncio.to_thread(picture_bytes, drawn.picture, kind, metadata, compress_level=level)
+        with self.batcher.writing():
+            data = await asyncio.to_thread(picture_bytes, drawn.picture, kind, metadata, compress_level=level)
         return data, time.perf_counter() - began
 
 
