@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 import websockets
 from PIL import Image
 
@@ -101,16 +102,23 @@ def read(answer: str | bytes) -> tuple[dict, bytes]:
 
 
 def bare_loop(model: str, seconds: float) -> dict[int, float]:
-    """Pictures a second of the pipeline called in a loop, by batch size."""
+    """Pictures a second of the plain pipeline called in a loop, by batch size."""
     drawer = drawer_of(model)
-    size = (drawer.canvas.default,) * 2
     found = {}
     for batch in SIZES:
-        orders = [Order(drawer.name, prompt_of(random.Random(i)), i, drawer.steps, size) for i in range(batch)]
-        drawer.draw(orders)
+        prompts = [prompt_of(random.Random(i)) for i in range(batch)]
+
+        def draw(prompts: list[str] = prompts) -> None:
+            generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+            with torch.inference_mode():
+                drawer.pipeline(
+                    prompts, num_inference_steps=drawer.steps, guidance_scale=drawer.guidance, generator=generators
+                )
+
+        draw()
         began, count = time.perf_counter(), 0
         while time.perf_counter() - began < seconds:
-            drawer.draw(orders)
+            draw()
             count += batch
         found[batch] = count / (time.perf_counter() - began)
         print(f"  bare loop, batches of {batch:2}: {found[batch]:6.2f} pictures a second", flush=True)

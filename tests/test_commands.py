@@ -342,6 +342,10 @@ def test_minutes_bound_the_stages_together(monkeypatch, tmp_path):
     assert calls[:4] == ["vae", "judge", "text", "latents"] and 9.9 < calls[4] <= 10.0
     pretrain.run_pretrain(None, tiny_pretrain(), 0.0, tmp_path, console=paper())
     assert calls[5:] == ["vae"]
+    calls.clear()
+    monkeypatch.setattr(pretrain, "adopt_vae", lambda teacher, out: calls.append(teacher))
+    pretrain.run_pretrain(None, tiny_pretrain("start=embedded-teacher"), None, tmp_path, console=paper())
+    assert calls == ["embedded-teacher", "vae", "text", "latents", None]  # a judge is of no use to a teacher
 
 
 def test_pretrain_goes_on_from_a_teacher_with_its_own_vae(tmp_path):

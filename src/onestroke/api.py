@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -27,11 +28,13 @@ from onestroke.data.facts import identity_of
 from onestroke.data.loader import batches
 from onestroke.data.source import Broken, StoredSource
 from onestroke.distill.add import STUDENT
+from onestroke.distill.anchors import anchors_of
 from onestroke.distill.lora import Adapter
 from onestroke.export import export_folder, student_pipeline
 from onestroke.families.model import DiffusionModel
 from onestroke.lora import factors_of, merge_lora, save_lora
 from onestroke.sample import make_fast
+from onestroke.train.anchoring import learn_anchors
 from onestroke.train.evaluation import BEST, Evaluation, Tell, baseline_of
 from onestroke.train.folder import check_recipe
 from onestroke.train.ranks import check_same, joined, num_ranks, rank
@@ -95,7 +98,16 @@ def _distil(
             check_recipe(out, recipe_text)  # the teacher draws nothing into the folder of another run
             yardstick = yardstick_of(recipe, source)
         baseline = baseline_of(yardstick, teacher, recipe, out, tell=tell)
-    trainer = add_trainer(recipe, teacher)
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    anchors = None
+    if recipe.anchors.count:
+        if rank() == 0:
+            check_recipe(out, recipe_text)
+        anchors = anchors_of(teacher, source, recipe, out / "anchors", tell=tell)
+    trainer = add_trainer(recipe, teacher, anchors=anchors)
+    left = _minutes_to(deadline)
+    if recipe.anchors.images and not learn_anchors(trainer, anchors, recipe, out, minutes=left, tell=tell):
+        return export_student(trainer, teacher, recipe, out / "student")
     encoded = encoded_of(recipe, source, trainer.method)
     pictures = identity_of(source, size) if isinstance(source, StoredSource) else {}
     check_same(
@@ -138,7 +150,7 @@ def _distil(
         out,
         recipe_text=recipe_text,
         pictures=pictures,
-        minutes=minutes,
+        minutes=_minutes_to(deadline),
         checkpoint_minutes=settings.checkpoint_minutes,
         keep_checkpoints=settings.keep_checkpoints,
         observe=observe,
@@ -151,6 +163,10 @@ def _distil(
     if broken:
         logging.getLogger(__name__).warning("%s", broken)
     return export_student(trainer, teacher, recipe, out / "student")
+
+
+def _minutes_to(deadline: float | None) -> float | None:
+    return None if deadline is None else (deadline - time.monotonic()) / 60
 
 
 def export_student(trainer: Trainer, teacher: DiffusionModel, recipe: Recipe, out: Path) -> Path:

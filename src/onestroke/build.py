@@ -15,6 +15,7 @@ from onestroke.data.opening import open_pictures
 from onestroke.data.source import Source, StoredSource
 from onestroke.distill.add import ADD
 from onestroke.distill.add import STUDENT as STUDENT_PLAYER
+from onestroke.distill.anchors import Anchors
 from onestroke.distill.encoding import encoders_of, known_encodings
 from onestroke.distill.features import load_features
 from onestroke.distill.frozen import lower, to_float8
@@ -171,8 +172,8 @@ def _observer_of(recipe: Recipe) -> Observer:
     return found[0]
 
 
-def add_trainer(recipe: Recipe, teacher: DiffusionModel) -> Trainer:
-    """A trainer for ADD of `teacher`, before its first step."""
+def add_trainer(recipe: Recipe, teacher: DiffusionModel, *, anchors: Anchors | None = None) -> Trainer:
+    """A trainer for ADD of `teacher`, before its first step; `anchors` where the recipe has some."""
     settings = recipe.train
     multiple = size_multiple(teacher)
     if recipe.data.size % multiple:
@@ -205,6 +206,12 @@ def add_trainer(recipe: Recipe, teacher: DiffusionModel) -> Trainer:
     if recipe.teacher.fp8 != "none" and (shares or recipe.student.lora is not None):
         why = "fsdp splits its weights" if shares else "a LoRA student learns through its weights"
         raise RecipeError(f"a teacher in float8 has to be whole, and {why}", where="teacher.fp8", fix="Leave it out.")
+    if recipe.anchors.images and shares:
+        raise RecipeError(
+            "what comes before ADD is not split over processes",
+            where="anchors.images",
+            fix="Set it to 0, or train.parallel to ddp.",
+        )
     student = build_student(teacher, recipe.student, seed=recipe.seed).to(dtype=dtype)
     low, autocast = kept_dtype(recipe), autocast_dtype(settings.precision, device)
     lower([teacher.unet], low)
@@ -218,7 +225,7 @@ def add_trainer(recipe: Recipe, teacher: DiffusionModel) -> Trainer:
     else:
         student.to(device, memory_format=torch.channels_last)
     features = load_features(recipe.discriminator.features, source=recipe.discriminator.features_source)
-    method = ADD(teacher, student, features.to(teacher.device, dtype), recipe)
+    method = ADD(teacher, student, features.to(teacher.device, dtype), recipe, anchors=anchors)
     method.heads.to(dtype)
     others = [network for network in method.frozen if network is not teacher.unet]
     lower(others, low)

@@ -134,6 +134,23 @@ class LossRecipe(Section):
     r1_every: int = Field(1, ge=1)  # in every n-th step of the heads, n times as strong (arXiv 1912.04958, section 3.1)
 
 
+class AnchorRecipe(Section):
+    """Pictures that the guided teacher draws from known noise, for the student to draw from it in one step."""
+
+    count: int = Field(0, ge=0)  # of them; 0: none
+    steps: int = Field(12, ge=2)  # of the solver that draws them
+    images: int = Field(0, ge=0)  # pictures that the student learns from anchors alone, before ADD begins
+    learning_rate: float | None = Field(None, gt=0)  # while it does; None: the student's
+    every: int = Field(4, ge=1)  # beside ADD: one anchor to so many pictures
+    weight: float = Field(5.0, ge=0)  # beside ADD: of the squared distance between latents
+
+    @model_validator(mode="after")
+    def _some_to_learn_from(self):
+        if self.images and not self.count:
+            raise ValueError("anchors.images pictures can be learnt only from a count of anchors")
+        return self
+
+
 class DecodeRecipe(Section):
     """How latents become the pictures that discriminator and pixel loss look at: by default the VAE, all at once."""
 
@@ -196,11 +213,18 @@ class Recipe(Section):
     student: StudentRecipe = StudentRecipe()
     discriminator: DiscriminatorRecipe = DiscriminatorRecipe()
     losses: LossRecipe = LossRecipe()
+    anchors: AnchorRecipe = AnchorRecipe()
     decode: DecodeRecipe = DecodeRecipe()
     data: DataRecipe = DataRecipe()
     student_optimizer: OptimizerRecipe = OptimizerRecipe()
     discriminator_optimizer: OptimizerRecipe = OptimizerRecipe(learning_rate=1e-5)
     train: TrainRecipe = TrainRecipe()
+
+    @model_validator(mode="after")
+    def _anchors_of_one_size(self):
+        if self.anchors.count and self.data.buckets != "none":
+            raise ValueError("anchors are of one size: set data.buckets to none, or anchors.count to 0")
+        return self
 
 
 class PretrainRecipe(Section):

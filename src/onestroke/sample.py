@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, EulerAncestralDiscreteScheduler
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
+from torch import Tensor
 
 from onestroke.errors import ModelError
 from onestroke.precision import fast_dtype
@@ -69,12 +70,20 @@ def draw(
             num_inference_steps=steps,
             guidance_scale=guidance,
             generator=generators,
-            output_type="np",
+            output_type="pt",
             **extra,
         ).images
-        if not np.isfinite(images).all():
-            raise ModelError(
-                "the model drew pictures that are not finite", fix="Load it in float32 or bfloat16, or mend its VAE."
-            )
-        parts.append((images * 255).round().astype(np.uint8))
+        parts.append(as_bytes(images))
     return np.concatenate(parts)
+
+
+def as_bytes(images: Float[Tensor, "n 3 h w"]) -> UInt8[np.ndarray, "n h w 3"]:
+    """Pictures in [0, 1], a pipeline's `output_type="pt"`, as bytes, made where the images are.
+
+    Raises ModelError where they are not finite.
+    """
+    if not images.isfinite().all():
+        raise ModelError(
+            "the model drew pictures that are not finite", fix="Load it in float32 or bfloat16, or mend its VAE."
+        )
+    return images.float().mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

@@ -50,7 +50,9 @@ def run_pretrain(
     source = pictures(data, size=recipe.size, console=console)
     machine = Machine(device_of(device), num_workers=max(1, torch.get_num_threads() - 1))
     try:
-        finished = _stages(source, recipe, machine, out, deadline, console, with_judge=data is None and recipe.start is None)
+        finished = _stages(
+            source, recipe, machine, out, deadline, console, with_judge=data is None and recipe.start is None
+        )
     except OutOfTime:
         finished = False
     for line in closing_lines(out, data, finished=finished):

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from onestroke.config import OptimizerRecipe, Recipe
+from onestroke.distill.anchors import Anchors, anchor_loss
 from onestroke.distill.conditions import ImageEmbedder, TextEmbedder
 from onestroke.distill.crops import Crops, random_crops
 from onestroke.distill.decoding import Decoder
@@ -26,12 +27,21 @@ from onestroke.distill.losses import (
 )
 from onestroke.distill.student import choose_timesteps
 from onestroke.distill.teacher import Target, negative_condition, noise_free_target, teacher_target, teacher_timesteps
-from onestroke.families.model import DiffusionModel
+from onestroke.families.model import DiffusionModel, joined
 from onestroke.randomness import normal, stratified, uniform
 from onestroke.train.method import Loss, OptimizerSettings, Player
 from onestroke.types import Batch, Condition
 
 STUDENT, DISCRIMINATOR = "student", "discriminator"
+
+
+@dataclass(frozen=True)
+class Anchored:
+    """What the student draws from the anchors' noise, and the anchors."""
+
+    drawn: Float[Tensor, "a c h w"]
+    target: Float[Tensor, "a c h w"]
+    expected: float  # anchors that a batch of this size has on average
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,7 @@ class Rollout:
     c_img: Tensor | None
     has_image: Bool[Tensor, " b"]  # false where the student was given pure noise
     r1_gamma: float  # 0 in the steps between those that have the penalty
+    anchored: Anchored | None = None  # if the student is due and there are anchors
 
 
 class ADD:
@@ -60,7 +71,9 @@ class ADD:
         *,
         embed_text: TextEmbedder | None = None,
         embed_image: ImageEmbedder | None = None,
+        anchors: Anchors | None = None,
     ) -> None:
+        self.anchors = anchors
         self.model, self.recipe, self.features = teacher, recipe, features
         self.teacher = teacher.denoiser()
         self.student = teacher.denoiser(student, prediction_type=recipe.student.prediction_type)
@@ -94,7 +107,7 @@ class ADD:
             eps = normal(latents.shape[1:], seed, "eps", slots).to(latents)
             x_s = model.schedule.student_input(latents, eps, s)
         with torch.set_grad_enabled(STUDENT in due):
-            x0 = self.student(x_s, s.to(model.device), condition)
+            x0, anchored = self._drawn(x_s, s, condition, batch, due)
             pixels, looked_at = self._decoded(x0, slots, "fake crop")
             fake = self.features(looked_at)
         target = self._target(x0, condition, batch) if STUDENT in due and self.recipe.losses.distill_weight else None
@@ -105,7 +118,26 @@ class ADD:
         has_image = (s != len(model.schedule) - 1).to(model.device)
         distance = self.recipe.losses.distance
         compared = pixels if distance == "pixel" else x0
-        return Rollout(compared, fake, real, target, c_text, c_img, has_image, self._r1_gamma(batch))
+        return Rollout(compared, fake, real, target, c_text, c_img, has_image, self._r1_gamma(batch), anchored)
+
+    def _drawn(
+        self, x_s: Tensor, s: Tensor, condition: Condition, batch: Batch, due: frozenset[str]
+    ) -> tuple[Tensor, Anchored | None]:
+        """The student's prediction, and in the same call, so that all processes make one, that of the anchors."""
+        model, anchors, settings = self.model, self.anchors, self.recipe.anchors
+        if anchors is None or STUDENT not in due:
+            return self.student(x_s, s.to(model.device), condition), None
+        rows, expected = anchors.rows_of(batch.slots, settings.every), len(batch) / settings.every
+        with torch.no_grad():
+            target = anchors.latents[rows].to(x_s)
+            if len(rows):
+                last = torch.full((len(rows),), len(model.schedule) - 1)
+                noised = model.schedule.student_input(target, anchors.noise(rows).to(x_s), last)
+                told = model.encode_prompts([anchors.captions[row] for row in rows.tolist()])
+                condition = joined(condition, model.full_size(told, anchors.size))
+                x_s, s = torch.cat([x_s, noised]), torch.cat([s, last])
+        x0 = self.student(x_s, s.to(model.device), condition)
+        return x0[: len(batch)], Anchored(x0[len(batch) :], target, expected)
 
     @property
     def frozen(self) -> list[nn.Module]:
@@ -163,18 +195,13 @@ class ADD:
         if batch.latents is None:
             assert images is not None, "a batch holds images or latents"
             return images, self.model.encode_images(images)
-        return images, batch.latents.to(self.model.device, self._dtype)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        """That of what the frozen networks hand out."""
-        return torch.promote_types(torch.float32, self.model.vae.dtype)
+        return images, batch.latents.to(self.model.device, self.model.dtype)
 
     def _worded(self, batch: Batch, condition: Condition) -> Tensor:
         given = batch.text_embeddings
         if given is None:
             return self.embed_text(batch.captions, condition)
-        return given.to(self.model.device, self._dtype)
+        return given.to(self.model.device, self.model.dtype)
 
     def _seen(
         self, images: Tensor, due: frozenset[str], known: Tensor | None
@@ -182,7 +209,7 @@ class ADD:
         """Features of the real pictures, if the discriminator is due, and their embedding, if heads are given it."""
         wanted, embedded = DISCRIMINATOR in due, self.heads.uses_image
         if embedded and known is not None and self.looks_at_whole_pictures:
-            return self.features(images) if wanted else None, known.to(self.model.device, self._dtype)
+            return self.features(images) if wanted else None, known.to(self.model.device, self.model.dtype)
         if wanted and embedded and self.embed_image.is_shared:
             return self.features.forward_and_embed(images)
         return self.features(images) if wanted else None, self.embed_image(images) if embedded else None
@@ -213,7 +240,7 @@ class ADD:
         return target
 
     def _student_loss(self, rollout: Rollout) -> Loss:
-        """`L_adv + lambda * L_distill` (eq. 1)."""
+        """`L_adv + lambda * L_distill` (eq. 1), and the anchors' distance where there are some."""
         recipe = self.recipe.losses
         logits = self.heads(rollout.fake, rollout.c_text, rollout.c_img, rollout.has_image)
         adversarial = adversarial_loss(logits)
@@ -224,6 +251,10 @@ class ADD:
             distillation = distillation_loss(rollout.x0, rollout.target.x0, weight.flatten())
             total = total + recipe.distill_weight * distillation
             terms["distillation"] = distillation.detach()
+        if rollout.anchored is not None:
+            anchor = anchor_loss(rollout.anchored.drawn, rollout.anchored.target, rollout.anchored.expected)
+            total = total + self.recipe.anchors.weight * anchor
+            terms["anchor"] = anchor.detach()
         return Loss(total, terms)
 
     def _discriminator_loss(self, rollout: Rollout) -> Loss:

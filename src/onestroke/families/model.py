@@ -70,6 +70,11 @@ class DiffusionModel:
     def device(self) -> torch.device:
         return next(self.unet.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of what the frozen networks hand out: float32 at least, whatever their weights are kept in."""
+        return torch.promote_types(torch.float32, self.vae.dtype)
+
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """Text embeddings of `prompts`; SDXL's time ids are added by `with_sizes`."""
         return self.family.encode_prompts(self, list(prompts))
@@ -138,12 +143,14 @@ def guided(
     """
     if isinstance(scale, float | int) and scale == 1:
         return denoiser(x_t, t, condition)
-    both = _joined(condition, blank)
+    both = joined(condition, blank)
     with_text, without = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
     return without + scale * (with_text - without)
 
 
-def _joined(one: Condition, two: Condition) -> Condition:
+def joined(one: Condition, two: Condition) -> Condition:
+    """The pictures of `one`, then those of `two`."""
+
     def cat(a: Tensor | None, b: Tensor | None) -> Tensor | None:
         return None if a is None or b is None else torch.cat([a, b])
 

@@ -7,7 +7,9 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 from onestroke.errors import OnestrokeError
 from onestroke.serve.allowance import Allowance
@@ -69,6 +71,7 @@ class Desk:
         self.batcher = Batcher(
             self._draw, pace, observe=self.meters.batch_done, on_dropped=lambda: self.meters.dropped.inc()
         )
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="onestroke-write")  # Pillow holds the interpreter
         self.meters.watch(lambda: self.batcher.num_waiting, lambda: self.shelf.num_bytes if memory else 0)
 
     def _draw(self, orders: Sequence[Order]) -> list[Picture | OnestrokeError]:
@@ -161,7 +164,8 @@ class Desk:
         began = time.perf_counter()
         level = 1 if quick else 6
         with self.batcher.writing():
-            data = await asyncio.to_thread(picture_bytes, drawn.picture, kind, metadata, compress_level=level)
+            write = partial(picture_bytes, drawn.picture, kind, metadata, compress_level=level)
+            data = await asyncio.get_running_loop().run_in_executor(self._writer, write)
         return data, time.perf_counter() - began
 
 

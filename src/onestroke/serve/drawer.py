@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from diffusers import AutoPipelineForImage2Image, DiffusionPipeline, SchedulerMixin
 
-from onestroke.sample import draw
+from onestroke.sample import as_bytes, draw
 from onestroke.serve.loras import Wardrobe
 from onestroke.serve.order import Limits, Notice, Order, RequestError, Start
 
@@ -184,9 +184,9 @@ class Drawer:
             num_inference_steps=steps,
             guidance_scale=self.guidance,
             generator=[torch.Generator().manual_seed(order.seed) for order in orders],
-            output_type="np",
+            output_type="pt",
         ).images
-        return (pictures * 255).round().astype(np.uint8)
+        return as_bytes(pictures)
 
 
 def shortened(scheduler: SchedulerMixin, strength: float, *, steps: int) -> SchedulerMixin:

@@ -1,0 +1,203 @@
+"""Anchors: drawn once, kept whole, learnt before ADD and beside it."""
+
+from __future__ import annotations
+
+import re
+from itertools import chain
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline
+from pipelines import tiny_sdxl
+from rank_runs import in_ranks
+from test_trainer import assert_identical
+from tiny_runs import endless, tiny_add, tiny_batch, tiny_dinov2, tiny_recipe, write_folder
+
+from onestroke.api import distill
+from onestroke.build import add_trainer, source_of, teacher_of
+from onestroke.config import Recipe
+from onestroke.distill.add import STUDENT
+from onestroke.distill.anchors import SHARD_PICTURES, Anchoring, Anchors, anchor_loss, anchors_of
+from onestroke.errors import DataError, RecipeError
+from onestroke.train.checkpoint import load_newest
+from onestroke.train.method import OptimizerSettings
+from onestroke.train.trainer import Trainer, TrainSettings
+
+torch.set_num_threads(1)
+
+
+def some_anchors(count: int = 5, *, side: int = 8) -> Anchors:
+    latents = torch.randn(count, 4, side, side, generator=torch.Generator().manual_seed(3)).half()
+    return Anchors(latents, [f"anchor {i}" for i in range(count)], seed=0, size=(4 * side, 4 * side))
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Recipe:
+    """Six steps of two pictures, after four steps on three anchors; one anchor to two pictures."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny_sdxl("v_prediction", True).save_pretrained(folder / "teacher")
+    write_folder(folder / "pictures", rounds=2)
+    return tiny_recipe(
+        f"teacher.source={folder / 'teacher'}", f"data.source={folder / 'pictures'}", "data.size=16",
+        "train.batch_size=2", "train.num_images=12", "discriminator.features=dinov2-small",
+        f"discriminator.features_source={tiny_dinov2(folder / 'dinov2')}",
+        "anchors.count=3", "anchors.steps=2", "anchors.images=8", "anchors.every=2",
+    )  # fmt: skip
+
+
+def changed(recipe: Recipe, **settings) -> Recipe:
+    return recipe.model_copy(update={"anchors": recipe.anchors.model_copy(update=settings)})
+
+
+def test_the_loss_by_hand():
+    drawn, target = torch.zeros(2, 1, 1, 2), torch.tensor([[[[1.0, 3.0]]], [[[2.0, 0.0]]]])
+    assert anchor_loss(drawn, target, 2).item() == ((1 + 9) / 2 + (4 + 0) / 2) / 2
+    assert anchor_loss(drawn, target, 0.5).item() == 14.0
+    assert anchor_loss(drawn[:0], target[:0], 0.5).item() == 0.0
+
+
+def test_each_anchor_comes_once_an_epoch_whatever_the_batches():
+    anchors = some_anchors(5)
+    rows = [anchors.rows_of(torch.arange(first, first + 6), 3).tolist() for first in range(0, 30, 6)]
+    assert [len(part) for part in rows] == [2] * 5
+    flat = list(chain(*rows))
+    assert sorted(flat[:5]) == sorted(flat[5:]) == list(range(5)) and flat[:5] != flat[5:]
+    assert flat == [row for slot in range(30) for row in anchors.rows_of(torch.tensor([slot]), 3).tolist()]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+def test_parts_of_a_batch_add_up_to_its_gradient(micro_batch_size):
+    def weights(size: int | None) -> list[torch.Tensor]:
+        method = tiny_add("anchors.count=5", "anchors.every=2", kind="v_prediction", zero_snr=True)
+        method.anchors = some_anchors()
+        trainer = Trainer(method, TrainSettings(8, 4, size))
+        for _ in trainer.run(endless()):
+            pass
+        return list(method.players[STUDENT].module.parameters())
+
+    for one, other in zip(weights(None), weights(micro_batch_size), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+
+
+def test_anchors_pull_the_student_alone_and_only_with_their_weight():
+    def terms(*overrides: str, anchors: Anchors | None) -> dict[str, float]:
+        method = tiny_add("anchors.count=5", "anchors.every=2", *overrides, kind="v_prediction", zero_snr=True)
+        method.anchors = anchors
+        rollout = method.rollout(tiny_batch(), frozenset(method.players))
+        found = {}
+        for player in method.players:
+            loss = method.loss(player, rollout)
+            found |= {f"{player}/{name}": value.item() for name, value in {"total": loss.total, **loss.terms}.items()}
+        return found
+
+    without, some, more = (
+        terms(anchors=None), terms("anchors.weight=1", anchors=some_anchors()), terms(anchors=some_anchors()),
+    )  # fmt: skip
+    anchor = some.pop("student/anchor")
+    assert anchor == more.pop("student/anchor") and anchor > 0
+    assert some.pop("student/total") == pytest.approx(without["student/total"] + anchor)
+    assert more.pop("student/total") == pytest.approx(without.pop("student/total") + 5 * anchor)
+    assert some == more == pytest.approx(without)
+
+
+def test_the_teacher_draws_them_as_plain_diffusers_does_from_the_noise_that_the_student_is_given(recipe, tmp_path):
+    teacher = teacher_of(recipe)
+    anchors = anchors_of(teacher, source_of(recipe.data), recipe, tmp_path, tell=lambda line: None)
+    assert len(set(anchors.captions)) == 3
+    rows = torch.arange(3)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(recipe.teacher.source, torch_dtype=torch.float64)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, final_sigmas_type="zero")
+    plain = pipeline(
+        list(anchors.captions), latents=anchors.noise(rows).double(), num_inference_steps=2, guidance_scale=3.0,
+        height=16, width=16, output_type="latent",
+    ).images  # fmt: skip
+    torch.testing.assert_close(anchors.latents.double(), plain, rtol=2e-3, atol=2e-3)
+
+    given = []
+
+    def student(x_t, t, condition):
+        given.append((x_t, t))
+        return x_t
+
+    alone = Anchoring(teacher, student, torch.nn.Linear(1, 1), anchors, OptimizerSettings(1e-3))
+    (batch,) = alone.batches_from(0, 3, 3)
+    _, target = alone.rollout(batch, frozenset({STUDENT}))
+    order = anchors.rows_of(batch.slots, 1)
+    assert torch.equal(given[0][0], anchors.noise(order).double()) and given[0][1].tolist() == [999] * 3
+    assert torch.equal(target, anchors.latents[order].double())
+    assert list(batch.captions) == [anchors.captions[row] for row in order.tolist()]
+
+
+def test_they_are_drawn_once_and_those_of_another_teacher_are_refused(recipe, tmp_path):
+    told: list[str] = []
+    teacher, source = teacher_of(recipe), source_of(recipe.data)
+    many = changed(recipe, count=SHARD_PICTURES + 3)
+    anchors = anchors_of(teacher, source, many, tmp_path, tell=told.append)
+    assert told[-1] == "the teacher's pictures: 503/503" and len(anchors) == len(anchors.captions) == 503
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    (tmp_path / "anchors-00001.safetensors").unlink()  # what a killed run had not come to
+    again = anchors_of(teacher, source, many, tmp_path, tell=told.append)
+    assert torch.equal(anchors.latents, again.latents)
+    assert [path.name for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp] == [
+        "anchors-00001.safetensors"
+    ]
+    with torch.no_grad():
+        next(teacher.unet.parameters()).add_(1e-3)
+    with pytest.raises(DataError, match=re.escape("these anchors are of another teacher")):
+        anchors_of(teacher, source, many, tmp_path, tell=told.append)
+
+
+def test_a_run_that_was_stopped_before_and_in_add_ends_in_the_same_weights(recipe, tmp_path):
+    for _ in range(3):
+        distill(recipe, tmp_path / "stopped", minutes=0)  # a step each
+    assert not (tmp_path / "stopped" / "checkpoints").exists()
+    distill(recipe, tmp_path / "stopped", minutes=0)
+    assert load_newest(tmp_path / "stopped" / "anchoring" / "checkpoints")["images"] == 8
+    distill(recipe, tmp_path / "stopped")
+    distill(recipe, tmp_path / "straight")
+    one, other = (load_newest(tmp_path / name / "checkpoints") for name in ("stopped", "straight"))
+    assert_identical(one, other)
+    told: list[str] = []
+    distill(recipe, tmp_path / "straight", tell=told.append)  # finished: nothing is drawn or learnt again
+    assert told == []
+
+
+def test_add_begins_with_what_the_anchors_taught(recipe, tmp_path):
+    teacher, source = teacher_of(recipe), source_of(recipe.data)
+    longer = changed(recipe, images=400, learning_rate=1e-2)
+    distill(longer, tmp_path / "run", minutes=None)
+    anchors = anchors_of(teacher, source, longer, tmp_path / "run" / "anchors", tell=lambda line: None)
+    learnt = load_newest(tmp_path / "run" / "anchoring" / "checkpoints")["players"]["student"]
+
+    def distance(state: dict | None) -> float:
+        method = add_trainer(recipe, teacher, anchors=anchors).method
+        if state is not None:
+            method.players[STUDENT].module.load_state_dict(state)
+        rows, last = torch.arange(3), torch.full((3,), 999)
+        condition = teacher.full_size(teacher.encode_prompts(anchors.captions), anchors.size)
+        with torch.no_grad():
+            drawn = method.student(anchors.noise(rows).double(), last, condition)
+        return (drawn - anchors.latents).square().mean().item()
+
+    began, taught = distance(None), distance(learnt)
+    ended = distance(load_newest(tmp_path / "run" / "checkpoints")["players"]["student"])
+    assert taught < 0.7 * began and ended < 0.9 * began
+
+
+def _distilled(recipe: Recipe, out) -> None:
+    distill(recipe, out)
+
+
+def test_two_processes_end_near_one(recipe, tmp_path):
+    in_ranks(_distilled, 2, recipe, tmp_path / "two")
+    distill(recipe, tmp_path / "one")
+    one, two = (load_newest(tmp_path / name / "checkpoints")["players"]["student"] for name in ("one", "two"))
+    for key, value in one.items():
+        torch.testing.assert_close(value, two[key], rtol=1e-6, atol=1e-8)
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(RecipeError, match="can be learnt only from a count of anchors"):
+        tiny_recipe("anchors.images=10")
+    with pytest.raises(RecipeError, match="anchors are of one size: set data.buckets to none"):
+        tiny_recipe("anchors.count=10", "data.buckets=computed")
