@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from itertools import chain
 
 import pytest
@@ -120,12 +121,18 @@ def test_the_teacher_draws_them_as_plain_diffusers_does_from_the_noise_that_the_
         return x_t
 
     alone = Anchoring(teacher, student, torch.nn.Linear(1, 1), anchors, OptimizerSettings(1e-3))
-    (batch,) = alone.batches_from(0, 3, 3)
+    (batch,) = alone.batches_from(0, 300, 300)
     _, target = alone.rollout(batch, frozenset({STUDENT}))
     order = anchors.rows_of(batch.slots, 1)
-    assert torch.equal(given[0][0], anchors.noise(order).double()) and given[0][1].tolist() == [999] * 3
     assert torch.equal(target, anchors.latents[order].double())
     assert list(batch.captions) == [anchors.captions[row] for row in order.tolist()]
+    (x_t, t), paired = given[0], anchors.noise(order).double()
+    is_first = t == 999
+    assert torch.equal(x_t[is_first], paired[is_first]) and 200 < is_first.sum() < 250
+    assert Counter(t.tolist()).keys() == {999, 749, 499, 249} and min(Counter(t.tolist()).values()) > 15
+    noise = (x_t - teacher.schedule.rates(t, x_t)[0] * target) / teacher.schedule.rates(t, x_t)[1]
+    assert noise[~is_first].std().item() == pytest.approx(1, abs=0.05)  # afresh: with its own the picture would be told
+    assert (noise[~is_first] * paired[~is_first]).mean().abs() < 0.05
 
 
 def test_they_are_drawn_once_and_those_of_another_teacher_are_refused(recipe, tmp_path):

@@ -29,7 +29,8 @@ from onestroke.export import student_pipeline
 from onestroke.families.fingerprint import fingerprint
 from onestroke.families.model import Denoiser, DiffusionModel
 from onestroke.precision import autocast_dtype
-from onestroke.randomness import normal
+from onestroke.randomness import normal, uniform
+from onestroke.schedule import student_timesteps
 from onestroke.train.method import Loss, OptimizerSettings, Player
 from onestroke.train.ranks import num_ranks, rank, share_of, wait_for_all
 from onestroke.types import Batch
@@ -37,6 +38,7 @@ from onestroke.types import Batch
 SHARD_PICTURES = 500
 DRAWN_AT_ONCE = 25
 STREAM = "anchor"  # of the noise
+OTHERS = 0.25  # of the pictures before ADD, for the student's other timesteps
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,10 @@ def anchor_loss(drawn: Float[Tensor, "a c h w"], anchors: Float[Tensor, "a c h w
 
 
 class Anchoring:
-    """A method whose student sees anchors alone: what comes before ADD. Each picture of the run is one anchor."""
+    """A method whose student sees anchors alone: what comes before ADD. Each picture of the run is one anchor.
+
+    A quarter of them is noised afresh, for the student's other timesteps, which would else be forgotten meanwhile.
+    """
 
     def __init__(
         self,
@@ -78,20 +83,34 @@ class Anchoring:
         trained: nn.Module,
         anchors: Anchors,
         optimizer: OptimizerSettings,
+        *,
+        num_timesteps: int = 4,
     ) -> None:
         self.model, self.student, self.anchors = model, student, anchors
+        self.timesteps = torch.tensor(student_timesteps(num_timesteps, num_train_timesteps=len(model.schedule)))
         self.players = {"student": Player(trained, optimizer)}
 
     def rollout(self, batch: Batch, due: frozenset[str]) -> tuple[Tensor, Tensor]:
         """The student's latents and the teacher's."""
-        model, device = self.model, self.model.device
+        model, device, seed = self.model, self.model.device, self.anchors.seed
         rows = self.anchors.rows_of(batch.slots, 1)
         with torch.no_grad():
             condition = model.full_size(model.encode_prompts(batch.captions), self.anchors.size)
-            last = torch.full((len(rows),), len(model.schedule) - 1)
-            noise, target = (x.to(device, model.dtype) for x in (self.anchors.noise(rows), self.anchors.latents[rows]))
-            x_t = model.schedule.student_input(target, noise, last)
-        return self.student(x_t, last.to(device), condition), target
+            target = self.anchors.latents[rows].to(device, model.dtype)
+            s = self._timesteps(uniform(seed, "anchor s", batch.slots))
+            fresh = normal(target.shape[1:], seed, "anchor eps", batch.slots)
+            is_first = (s == self.timesteps[0])[:, None, None, None]
+            noise = torch.where(is_first, self.anchors.noise(rows), fresh).to(target)
+            x_s = model.schedule.student_input(target, noise, s)
+        return self.student(x_s, s.to(device), condition), target
+
+    def _timesteps(self, fractions: Float[Tensor, " b"]) -> Int[Tensor, " b"]:
+        """The noisiest but for the last `OTHERS` of the fractions, which are spread over the other ones."""
+        others = self.timesteps[1:]
+        if not len(others):
+            return self.timesteps.expand(len(fractions))
+        place = ((fractions - (1 - OTHERS)) / OTHERS * len(others)).floor().long()
+        return torch.where(fractions < 1 - OTHERS, self.timesteps[0], others[place.clamp(min=0)])
 
     def loss(self, player: str, rollout: tuple[Tensor, Tensor]) -> Loss:
         drawn, target = rollout

@@ -32,7 +32,8 @@ def learn_anchors(
     method, player, images = trainer.method, trainer.method.players[STUDENT], recipe.anchors.images
     rate = recipe.anchors.learning_rate or player.optimizer.learning_rate
     optimizer = replace(player.optimizer, learning_rate=rate, decay="linear")
-    alone = Anchoring(method.model, method.student, player.module, anchors, optimizer)
+    steps = recipe.student.num_timesteps
+    alone = Anchoring(method.model, method.student, player.module, anchors, optimizer, num_timesteps=steps)
     settings = replace(trainer.settings, num_images=images, shows_speed=False)
     first = Trainer(alone, settings)
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
