@@ -59,11 +59,11 @@ def test_the_loss_by_hand():
 
 def test_each_anchor_comes_once_an_epoch_whatever_the_batches():
     anchors = some_anchors(5)
-    rows = [anchors.rows_of(torch.arange(first, first + 6), 3).tolist() for first in range(0, 30, 6)]
+    rows = [anchors.rows_of(torch.arange(first, first + 6), 3) for first in range(0, 30, 6)]
     assert [len(part) for part in rows] == [2] * 5
     flat = list(chain(*rows))
     assert sorted(flat[:5]) == sorted(flat[5:]) == list(range(5)) and flat[:5] != flat[5:]
-    assert flat == [row for slot in range(30) for row in anchors.rows_of(torch.tensor([slot]), 3).tolist()]
+    assert flat == [row for slot in range(30) for row in anchors.rows_of(torch.tensor([slot]), 3)]
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3])
@@ -105,7 +105,7 @@ def test_the_teacher_draws_them_as_plain_diffusers_does_from_the_noise_that_the_
     teacher = teacher_of(recipe)
     anchors = anchors_of(teacher, source_of(recipe.data), recipe, tmp_path, tell=lambda line: None)
     assert len(set(anchors.captions)) == 3
-    rows = torch.arange(3)
+    rows = range(3)
     pipeline = StableDiffusionXLPipeline.from_pretrained(recipe.teacher.source, torch_dtype=torch.float64)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, final_sigmas_type="zero")
     plain = pipeline(
@@ -125,7 +125,7 @@ def test_the_teacher_draws_them_as_plain_diffusers_does_from_the_noise_that_the_
     _, target = alone.rollout(batch, frozenset({STUDENT}))
     order = anchors.rows_of(batch.slots, 1)
     assert torch.equal(target, anchors.latents[order].double())
-    assert list(batch.captions) == [anchors.captions[row] for row in order.tolist()]
+    assert list(batch.captions) == [anchors.captions[row] for row in order]
     (x_t, t), paired = given[0], anchors.noise(order).double()
     is_first = t == 999
     assert torch.equal(x_t[is_first], paired[is_first]) and 200 < is_first.sum() < 250
@@ -148,13 +148,21 @@ def test_they_are_drawn_once_and_those_of_another_teacher_are_refused(recipe, tm
     assert [path.name for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp] == [
         "anchors-00001.safetensors"
     ]
+    (tmp_path / "anchors-00000.safetensors").unlink()
+    assert anchors_of(teacher, source, many, tmp_path, is_late=lambda: True, tell=told.append) is None
+    assert not (tmp_path / "anchors-00000.safetensors").exists()
     with torch.no_grad():
         next(teacher.unet.parameters()).add_(1e-3)
+    (tmp_path / "anchors-00001.safetensors").rename(tmp_path / "anchors-00000.safetensors")
     with pytest.raises(DataError, match=re.escape("these anchors are of another teacher")):
         anchors_of(teacher, source, many, tmp_path, tell=told.append)
 
 
 def test_a_run_that_was_stopped_before_and_in_add_ends_in_the_same_weights(recipe, tmp_path):
+    distill(recipe, tmp_path / "stopped", minutes=-1)  # late before it has drawn
+    assert (tmp_path / "stopped" / "student").exists() and not (tmp_path / "stopped" / "anchoring").exists()
+    drawn = tmp_path / "stopped" / "anchors"
+    anchors_of(teacher_of(recipe), source_of(recipe.data), recipe, drawn, tell=lambda line: None)
     for _ in range(3):
         distill(recipe, tmp_path / "stopped", minutes=0)  # a step each
     assert not (tmp_path / "stopped" / "checkpoints").exists()
@@ -180,7 +188,7 @@ def test_add_begins_with_what_the_anchors_taught(recipe, tmp_path):
         method = add_trainer(recipe, teacher, anchors=anchors).method
         if state is not None:
             method.players[STUDENT].module.load_state_dict(state)
-        rows, last = torch.arange(3), torch.full((3,), 999)
+        rows, last = range(3), torch.full((3,), 999)
         condition = teacher.full_size(teacher.encode_prompts(anchors.captions), anchors.size)
         with torch.no_grad():
             drawn = method.student(anchors.noise(rows).double(), last, condition)

@@ -103,10 +103,12 @@ def _distil(
     if recipe.anchors.count:
         if rank() == 0:
             check_recipe(out, recipe_text)
-        anchors = anchors_of(teacher, source, recipe, out / "anchors", tell=tell)
+        anchors = anchors_of(teacher, source, recipe, out / "anchors", is_late=lambda: _is_past(deadline), tell=tell)
     trainer = add_trainer(recipe, teacher, anchors=anchors)
-    left = _minutes_to(deadline)
-    if recipe.anchors.images and not learn_anchors(trainer, anchors, recipe, out, minutes=left, tell=tell):
+    is_ready = anchors is not None or not recipe.anchors.count
+    if anchors is not None and recipe.anchors.images:
+        is_ready = learn_anchors(trainer, anchors, recipe, out, minutes=_minutes_to(deadline), tell=tell)
+    if not is_ready:
         return export_student(trainer, teacher, recipe, out / "student")
     encoded = encoded_of(recipe, source, trainer.method)
     pictures = identity_of(source, size) if isinstance(source, StoredSource) else {}
@@ -163,6 +165,10 @@ def _distil(
     if broken:
         logging.getLogger(__name__).warning("%s", broken)
     return export_student(trainer, teacher, recipe, out / "student")
+
+
+def _is_past(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() > deadline
 
 
 def _minutes_to(deadline: float | None) -> float | None:

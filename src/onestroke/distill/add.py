@@ -130,10 +130,10 @@ class ADD:
         rows, expected = anchors.rows_of(batch.slots, settings.every), len(batch) / settings.every
         with torch.no_grad():
             target = anchors.latents[rows].to(x_s)
-            if len(rows):
+            if rows:
                 last = torch.full((len(rows),), len(model.schedule) - 1)
                 noised = model.schedule.student_input(target, anchors.noise(rows).to(x_s), last)
-                told = model.encode_prompts([anchors.captions[row] for row in rows.tolist()])
+                told = model.encode_prompts([anchors.captions[row] for row in rows])
                 condition = joined(condition, model.full_size(told, anchors.size))
                 x_s, s = torch.cat([x_s, noised]), torch.cat([s, last])
         x0 = self.student(x_s, s.to(model.device), condition)

@@ -32,7 +32,7 @@ from onestroke.precision import autocast_dtype
 from onestroke.randomness import normal, uniform
 from onestroke.schedule import student_timesteps
 from onestroke.train.method import Loss, OptimizerSettings, Player
-from onestroke.train.ranks import num_ranks, rank, share_of, wait_for_all
+from onestroke.train.ranks import any_rank, num_ranks, rank, share_of
 from onestroke.types import Batch
 
 SHARD_PICTURES = 500
@@ -53,13 +53,14 @@ class Anchors:
     def __len__(self) -> int:
         return len(self.latents)
 
-    def noise(self, rows: Int[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
-        return normal(self.latents.shape[1:], self.seed, STREAM, rows)
+    def noise(self, rows: Sequence[int]) -> Float[Tensor, "b c h w"]:
+        """What these anchors were drawn from."""
+        return normal(self.latents.shape[1:], self.seed, STREAM, torch.tensor(list(rows)))
 
-    def rows_of(self, slots: Int[Tensor, " b"], every: int) -> Int[Tensor, " a"]:
+    def rows_of(self, slots: Int[Tensor, " b"], every: int) -> list[int]:
         """Which anchors go with these pictures of the run: one to each slot that divides by `every`."""
         numbers = [slot // every for slot in slots.tolist() if slot % every == 0]
-        return torch.tensor([picture_at(n, len(self), seed=self.seed) for n in numbers], dtype=torch.int64)
+        return [picture_at(n, len(self), seed=self.seed) for n in numbers]
 
 
 def anchor_loss(drawn: Float[Tensor, "a c h w"], anchors: Float[Tensor, "a c h w"], expected: float) -> Tensor:
@@ -125,14 +126,22 @@ class Anchoring:
         share = share_of(batch_size)
         for first in range(first_slot + rank() * share, last_slot - batch_size + 1 + rank() * share, batch_size):
             slots = torch.arange(first, first + share)
-            captions = tuple(self.anchors.captions[row] for row in self.anchors.rows_of(slots, 1).tolist())
+            captions = tuple(self.anchors.captions[row] for row in self.anchors.rows_of(slots, 1))
             yield Batch(None, captions, slots, torch.zeros(share, 4, dtype=torch.int64), target=self.anchors.size)
 
 
 def anchors_of(
-    teacher: DiffusionModel, source: Source, recipe: Recipe, folder: Path, *, tell: Callable[[str], None]
-) -> Anchors:
+    teacher: DiffusionModel,
+    source: Source,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    is_late: Callable[[], bool] = lambda: False,
+    tell: Callable[[str], None],
+) -> Anchors | None:
     """The anchors of a run, in `folder`; missing shards are drawn, several processes sharing the work.
+
+    None where `is_late()` was true before all were drawn; what is there is not drawn again.
 
     The teacher draws as its owner would, by DPM-Solver++ (arXiv 2211.01095), with captions of the training pictures and
     the middle of the recipe's guidance. A folder that another teacher, source or recipe filled raises DataError.
@@ -155,13 +164,17 @@ def anchors_of(
         draw = _drawing(teacher, recipe, settings, size)
         tell(f"the teacher draws {count} pictures for the student to begin with; once for this folder")
         for i in todo[rank() :: num_ranks()]:
+            if is_late():
+                break
             rows = range(firsts[i], min(firsts[i] + SHARD_PICTURES, count))
             parts = [rows[first : first + DRAWN_AT_ONCE] for first in range(0, len(rows), DRAWN_AT_ONCE)]
             drawn = [draw([captions[row] for row in part], torch.tensor(part)) for part in parts]
             _write(paths[i], torch.cat(drawn), page)
             tell(f"the teacher's pictures: {rows[-1] + 1}/{count}")
         teacher.unet.to(home)
-    wait_for_all()
+    (is_missing,) = any_rank(not all(path.exists() for path in paths[rank() :: num_ranks()]))
+    if is_missing:
+        return None
     return Anchors(torch.cat([_read(path, page) for path in paths]), captions, recipe.seed, size)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from onestroke.config import Recipe
 from onestroke.distill.add import ADD
+from onestroke.distill.anchors import Anchors
 from onestroke.distill.conditions import is_shared
 from onestroke.distill.features import FeatureNetwork, untrained_features
 from onestroke.distill.frozen import lower
@@ -76,6 +77,7 @@ def untrained_method(recipe: Recipe, architecture: Architecture, *, device: torc
         for module in (model.unet, model.vae, student):
             module.to(memory_format=torch.channels_last)
         method = ADD(model, student, features.to(device), plain, embed_text=text, embed_image=image)  # pyright: ignore
+        method.anchors = untrained_anchors(recipe, model) if recipe.anchors.count else None
         if recipe.decode.autoencoder is not None:
             method.decode.tiny = tiny_autoencoder_for(model)
     if recipe.train.frozen_precision == "bfloat16":
@@ -90,6 +92,21 @@ def untrained_method(recipe: Recipe, architecture: Architecture, *, device: torc
         "heads": [method.heads],
     }
     return Parts(method, networks)
+
+
+class UntrainedAnchors(Anchors):
+    """Anchors whose noise is no particular one, which fake numbers could not tell."""
+
+    def noise(self, rows: Sequence[int]) -> Tensor:
+        return torch.zeros(len(rows), *self.latents.shape[1:])
+
+
+def untrained_anchors(recipe: Recipe, model: DiffusionModel) -> Anchors:
+    """One, of the size that all have."""
+    size = (recipe.data.size, recipe.data.size)
+    side = recipe.data.size // model.vae_scale_factor
+    shape = (1, model.unet.config.in_channels, side, side)
+    return UntrainedAnchors(torch.zeros(shape, dtype=torch.float16, device="cpu"), ("a picture",), recipe.seed, size)
 
 
 def tiny_autoencoder_for(model: DiffusionModel) -> AutoencoderTiny:

@@ -162,9 +162,8 @@ class Desk:
         if order.start is not None:
             metadata["strength"] = f"{order.start.strength:g}"
         began = time.perf_counter()
-        level = 1 if quick else 6
         with self.batcher.writing():
-            write = partial(picture_bytes, drawn.picture, kind, metadata, compress_level=level)
+            write = partial(picture_bytes, drawn.picture, kind, metadata, quick=quick)
             data = await asyncio.get_running_loop().run_in_executor(self._writer, write)
         return data, time.perf_counter() - began
 

@@ -6,6 +6,7 @@ import base64
 import binascii
 import io
 import json
+import zlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -16,16 +17,18 @@ from onestroke.serve.order import Limits, RequestError, Start
 
 READABLE = ("PNG", "JPEG", "WEBP")
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+QUICK_PNG = {"compress_level": 1, "compress_type": zlib.Z_RLE}  # drawings are runs of one colour
 FEATHER = 1.0  # pixels that a mask's edge is softened by
 
 
-def picture_bytes(picture: np.ndarray, kind: str, metadata: Mapping[str, str], *, compress_level: int = 6) -> bytes:
+def picture_bytes(picture: np.ndarray, kind: str, metadata: Mapping[str, str], *, quick: bool = False) -> bytes:
     """`picture` (h w 3, uint8) as a "png", "jpeg" or "webp" file with `metadata` in it.
 
-    PNG: a text chunk for each entry. JPEG and WebP: JSON in Exif's ImageDescription.
+    PNG: a text chunk for each entry. JPEG and WebP: JSON in Exif's ImageDescription. `quick`: a PNG that is a little
+    larger, in a fifth of the time.
     """
     file = io.BytesIO()
-    options = {"compress_level": compress_level} if kind == "png" else {}
+    options = (QUICK_PNG if quick else {"compress_level": 6}) if kind == "png" else {}
     Image.fromarray(picture).save(file, kind.upper(), **metadata_options(kind.upper(), metadata), **options)
     return file.getvalue()
 

@@ -85,7 +85,7 @@ class Trainer:
         for batch in batches_from(self.images):
             due, counting = self._due(), time.monotonic()
             if self.speed is not None:
-                self.speed.count(due, lambda one=batch.rows(slice(0, 1)), due=due: self._try(one, due))
+                self.speed.count(due, lambda one=batch.rows(slice(-1, None)), due=due: self._try(one, due))
             before += time.monotonic() - counting
             terms, now = self._step(batch), time.monotonic()
             speed = {} if self.speed is None else self.speed.of(due, len(batch) * num_ranks(), now - before)
