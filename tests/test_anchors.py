@@ -18,8 +18,9 @@ from onestroke.api import distill
 from onestroke.build import add_trainer, source_of, teacher_of
 from onestroke.config import Recipe
 from onestroke.distill.add import STUDENT
-from onestroke.distill.anchors import SHARD_PICTURES, Anchoring, Anchors, anchor_loss, anchors_of
+from onestroke.distill.anchors import Anchoring, Anchors, anchor_loss
 from onestroke.errors import DataError, RecipeError
+from onestroke.train.anchoring import SHARD_PICTURES, anchor_batches, anchors_of
 from onestroke.train.checkpoint import load_newest
 from onestroke.train.method import OptimizerSettings
 from onestroke.train.trainer import Trainer, TrainSettings
@@ -121,7 +122,7 @@ def test_the_teacher_draws_them_as_plain_diffusers_does_from_the_noise_that_the_
         return x_t
 
     alone = Anchoring(teacher, student, torch.nn.Linear(1, 1), anchors, OptimizerSettings(1e-3))
-    (batch,) = alone.batches_from(0, 300, 300)
+    (batch,) = anchor_batches(anchors, 0, 300, 300)
     _, target = alone.rollout(batch, frozenset({STUDENT}))
     order = anchors.rows_of(batch.slots, 1)
     assert torch.equal(target, anchors.latents[order].double())

@@ -71,7 +71,7 @@ def test_a_saved_recipe_holds_every_setting_and_reads_back_equal(tmp_path):
     assert set(tree) == set(Recipe.model_fields) and set(tree["losses"]) == set(type(recipe.losses).model_fields)
 
 
-@pytest.mark.parametrize("name", ["mini", "sdxl-anime", "sd15"])
+@pytest.mark.parametrize("name", ["mini", "mini-long", "sdxl-anime", "sd15"])
 def test_packaged_recipes_load_by_name(name):
     assert load_recipe(name).name == name
 
@@ -94,7 +94,7 @@ def test_the_defaults_are_the_papers():
 
 
 def test_no_such_recipe_lists_those_that_are_there():
-    with pytest.raises(RecipeError, match=r"mini, sd15, sdxl-anime"):
+    with pytest.raises(RecipeError, match=r"mini, mini-long, sd15, sdxl-anime"):
         load_recipe("no-such-recipe")
 
 

@@ -182,3 +182,7 @@ def test_the_model_card_says_how_to_draw_and_what_was_trained():
                  "Not measured yet"):  # fmt: skip
         assert part in card
     assert "Not measured yet" not in model_card(tiny_recipe(), images=1, figures="FD 3\n")
+    assert "on 12,345 pictures.\n" in card
+    card = model_card(tiny_recipe("student.source=mine", "anchors.count=500", "anchors.images=2000"), images=9)
+    before = "after 2,000 showings of 500 that the teacher had drawn, beginning from the student `mine`"
+    assert f"on 9 pictures, {before}.\n" in card

@@ -12,7 +12,7 @@ export PYTHONPATH=src
 # shellcheck disable=SC2086
 {
   python3 -m onestroke pretrain $minutes ${PRETRAIN:-} --out runs/pretrain
-  python3 -m onestroke distill mini --teacher runs/pretrain/teacher $minutes ${DISTILL:-} --out runs/embedded
+  python3 -m onestroke distill mini-long --teacher runs/pretrain/teacher $minutes ${DISTILL:-} --out runs/embedded
   python3 benchmarks/pack_embedded.py --teacher runs/pretrain/teacher --student runs/embedded/student \
     --judge runs/pretrain/judge/judge.safetensors
 }

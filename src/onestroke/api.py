@@ -28,13 +28,12 @@ from onestroke.data.facts import identity_of
 from onestroke.data.loader import batches
 from onestroke.data.source import Broken, StoredSource
 from onestroke.distill.add import STUDENT
-from onestroke.distill.anchors import anchors_of
 from onestroke.distill.lora import Adapter
 from onestroke.export import export_folder, student_pipeline
 from onestroke.families.model import DiffusionModel
 from onestroke.lora import factors_of, merge_lora, save_lora
 from onestroke.sample import make_fast
-from onestroke.train.anchoring import learn_anchors
+from onestroke.train.anchoring import anchors_of, learn_anchors
 from onestroke.train.evaluation import BEST, Evaluation, Tell, baseline_of
 from onestroke.train.folder import check_recipe
 from onestroke.train.ranks import check_same, joined, num_ranks, rank

@@ -26,7 +26,7 @@ tags: [text-to-image, distillation, adversarial-diffusion-distillation, onestrok
 # {recipe.name}
 
 A 1-to-4-step student of `{recipe.teacher.source}`, made by onestroke with Adversarial Diffusion Distillation
-(ADD, arXiv 2311.17042) on {images:,} pictures.
+(ADD, arXiv 2311.17042) on {images:,} pictures{_before(recipe)}.
 
 ```python
 from diffusers import AutoPipelineForText2Image
@@ -45,6 +45,16 @@ Draw with `guidance_scale=0.0` and 1, 2 or 4 steps. Image-to-image needs `int(nu
 ```yaml
 {resolved}```
 """
+
+
+def _before(recipe: Recipe) -> str:
+    """What the student was before ADD, where it was not its teacher."""
+    before = ""
+    if recipe.anchors.images:
+        before += f", after {recipe.anchors.images:,} showings of {recipe.anchors.count:,} that the teacher had drawn"
+    if recipe.student.source:
+        before += f", beginning from the student `{recipe.student.source}`"
+    return before
 
 
 def with_evaluation(card: str, section: str) -> str | None:
