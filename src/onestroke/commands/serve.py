@@ -105,7 +105,7 @@ def app_of(offer: Offer, *, replica: Replica | None = None) -> FastAPI:
     limits, address, house = Limits(), offer.address, offer.house
     names = {name.lower() for name in (address.host, *address.names)} - {"0.0.0.0", "::"}
     drawers = drawers_of(offer.model, offer.teacher, house)
-    on_cpu = all(drawer.pipeline.device.type == "cpu" for drawer in drawers)
+    on_cpu = all(drawer.on_cpu for drawer in drawers)
     return build_app(
         drawers,
         rules=Rules(LOCAL_NAMES | names, address.token, limits.upload_bytes),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from diffusers import AutoPipelineForImage2Image, DiffusionPipeline, SchedulerMi
 from onestroke.sample import as_bytes, draw
 from onestroke.serve.loras import Wardrobe
 from onestroke.serve.order import Limits, Notice, Order, RequestError, Start
+
+NOTED_PROMPTS = 1024  # whose notices are remembered
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,12 @@ class Drawer:
         self.name, self.steps, self.guidance = name, steps, guidance
         self.unknown_words, self.phrases = unknown_words, phrases
         self.loras, self._reload = dict(loras or {}), reload
-        self.num_bytes = num_bytes_of(pipeline)
+        self.num_bytes, self.on_cpu = num_bytes_of(pipeline), pipeline.device.type == "cpu"
         self._take(pipeline)
         self.canvas = canvas_of(pipeline, square_only=square_only)
         # A fast tokenizer holds its truncation as state: the event loop must not share the pipeline's.
         self._tokenizer = deepcopy(pipeline.tokenizer)
+        self.notices = lru_cache(NOTED_PROMPTS)(self._notices)
 
     def _take(self, pipeline: DiffusionPipeline) -> None:
         self._pipeline: DiffusionPipeline | None = pipeline
@@ -108,8 +112,8 @@ class Drawer:
         """Of a prompt, without the two that mark its start and end."""
         return self._tokenizer.model_max_length - 2
 
-    def notices(self, prompt: str) -> list[Notice]:
-        """What of `prompt` the model will not see, or never saw."""
+    def _notices(self, prompt: str) -> list[Notice]:
+        """What of `prompt` the model will not see, or never saw; `notices` remembers it for other seeds."""
         found = []
         tokens = self._tokenizer(prompt, truncation=False, add_special_tokens=False, verbose=False).input_ids
         if len(tokens) > self.max_tokens:
