@@ -29,7 +29,6 @@ class Scribe:
     """
 
     steps, guidance, max_tokens, unknown_words = 1, 0.0, 62, None
-    on_cpu = True
     canvas, phrases, loras = Canvas(64, 8), ("pink hair",), {}
     fit, notices = Drawer.fit, lambda self, prompt: []
 

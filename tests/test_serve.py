@@ -7,7 +7,6 @@ import base64
 import io
 import json
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise, product
 
@@ -166,54 +165,6 @@ def test_the_event_loop_runs_on_while_the_model_draws():
         await job.future
 
     drive(batcher, script)
-
-
-@pytest.mark.parametrize("takes_turns", [True, False])
-def test_where_they_share_cores_no_batch_begins_while_files_are_written(takes_turns, monkeypatch):
-    events = []
-    scribe = Scribe()
-    desk = Desk([scribe], pace=Pace(wait=0.0, max_batch=2, takes_turns=takes_turns))
-    drawing, writing = scribe.draw, picture_bytes
-
-    def draw_noted(orders):
-        events.append("draw")
-        time.sleep(0.02)
-        return drawing(orders)
-
-    def write_noted(*args, **options):
-        time.sleep(0.005)
-        data = writing(*args, **options)
-        events.append("written")
-        return data
-
-    monkeypatch.setattr(scribe, "draw", draw_noted)
-    monkeypatch.setattr("onestroke.serve.desk.picture_bytes", write_noted)
-
-    async def deliver(job):
-        await asyncio.wait({job.future})
-        await desk.encode(job.order, job.future.result(), "png", quick=True)
-
-    async def script():
-        jobs = desk.batcher.submit([order(str(i)) for i in range(6)])
-        await asyncio.gather(*map(deliver, jobs))
-
-    drive(desk.batcher, script)
-    in_turns = ["draw", "written", "written"] * 3
-    assert (events == in_turns) == takes_turns and sorted(events) == sorted(in_turns)
-
-
-def test_a_file_that_is_never_written_does_not_stop_the_next_batch():
-    scribe = Scribe()
-    batcher = Batcher(scribe.draw, Pace(wait=0.0, takes_turns=True))
-
-    async def script():
-        with batcher.writing():
-            for prompt in ("a", "b"):
-                (job,) = batcher.submit([order(prompt)])
-                await job.future
-
-    drive(batcher, script)
-    assert scribe.prompts == [["a"], ["b"]]
 
 
 def test_who_leaves_takes_the_orders_along():

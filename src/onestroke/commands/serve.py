@@ -104,12 +104,10 @@ def app_of(offer: Offer, *, replica: Replica | None = None) -> FastAPI:
     cap_threads()
     limits, address, house = Limits(), offer.address, offer.house
     names = {name.lower() for name in (address.host, *address.names)} - {"0.0.0.0", "::"}
-    drawers = drawers_of(offer.model, offer.teacher, house)
-    on_cpu = all(drawer.on_cpu for drawer in drawers)
     return build_app(
-        drawers,
+        drawers_of(offer.model, offer.teacher, house),
         rules=Rules(LOCAL_NAMES | names, address.token, limits.upload_bytes),
-        pace=Pace(offer.wait_ms / 1000, offer.max_batch, offer.max_queue, takes_turns=on_cpu),
+        pace=Pace(offer.wait_ms / 1000, offer.max_batch, offer.max_queue),
         limits=limits,
         with_page=offer.with_page,
         version=__version__,

@@ -9,9 +9,8 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,7 +19,6 @@ from onestroke.errors import OnestrokeError
 from onestroke.serve.order import Order
 
 Picture = np.ndarray  # h w 3, uint8
-TURN_SECONDS = 0.05  # the most that a batch waits for the files of the one before
 
 
 class QueueFull(OnestrokeError):
@@ -62,7 +60,6 @@ class Pace:
     wait: float = 0.005  # seconds that a first order waits for others of its key
     max_batch: int = 16
     max_queue: int = 128  # orders that wait
-    takes_turns: bool = False  # no batch begins while files are written: on a CPU both would want the same cores
 
 
 class Batcher:
@@ -81,7 +78,6 @@ class Batcher:
         self._draw, self.pace, self._observe, self._on_dropped = draw, pace, observe, on_dropped
         self._waiting: deque[Job] = deque()
         self._arrived = asyncio.Event()
-        self._num_writing, self._all_written = 0, asyncio.Event()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="onestroke-draw")
         self._order_seconds = 0.1  # of one order, a running mean
         self._loop_task: asyncio.Task | None = None
@@ -102,17 +98,6 @@ class Batcher:
     async def in_worker(self, call: Callable[[], None]) -> None:
         """Run `call` between batches, in the thread that draws."""
         await asyncio.get_running_loop().run_in_executor(self._worker, call)
-
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """While a picture's file is written, in the event loop's eyes."""
-        self._num_writing += 1
-        try:
-            yield
-        finally:
-            self._num_writing -= 1
-            if not self._num_writing:
-                self._all_written.set()
 
     @property
     def num_waiting(self) -> int:
@@ -140,17 +125,6 @@ class Batcher:
             jobs = self._take_batch()
             if jobs:
                 await self._draw_batch(jobs)
-                if self.pace.takes_turns:
-                    await self._leave_the_cores()
-
-    async def _leave_the_cores(self) -> None:
-        """Wait until the files of the pictures that were just handed out are written."""
-        for _ in range(3):  # those who wait for a picture wake, and begin
-            await asyncio.sleep(0)
-        if self._num_writing:
-            self._all_written.clear()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._all_written.wait(), TURN_SECONDS)
 
     async def _gather_company(self, first: Job) -> None:
         """Wait until the batch of `first` is full, or its time is up; it may be up from the start."""

@@ -162,9 +162,8 @@ class Desk:
         if order.start is not None:
             metadata["strength"] = f"{order.start.strength:g}"
         began = time.perf_counter()
-        with self.batcher.writing():
-            write = partial(picture_bytes, drawn.picture, kind, metadata, quick=quick)
-            data = await asyncio.get_running_loop().run_in_executor(self._writer, write)
+        write = partial(picture_bytes, drawn.picture, kind, metadata, quick=quick)
+        data = await asyncio.get_running_loop().run_in_executor(self._writer, write)
         return data, time.perf_counter() - began
 
 

@@ -75,7 +75,7 @@ class Drawer:
         self.name, self.steps, self.guidance = name, steps, guidance
         self.unknown_words, self.phrases = unknown_words, phrases
         self.loras, self._reload = dict(loras or {}), reload
-        self.num_bytes, self.on_cpu = num_bytes_of(pipeline), pipeline.device.type == "cpu"
+        self.num_bytes = num_bytes_of(pipeline)
         self._take(pipeline)
         self.canvas = canvas_of(pipeline, square_only=square_only)
         # A fast tokenizer holds its truncation as state: the event loop must not share the pipeline's.
