@@ -16,7 +16,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
 from onestroke.embedded import weights_folder
-from onestroke.export import export_folder
+from onestroke.export import export_folder, forget_origins
 
 LIMIT = 40_000_000  # bytes
 
@@ -34,6 +34,7 @@ def main() -> None:
     if options.student:
         unet = UNet2DConditionModel.from_pretrained(options.student, subfolder="unet").half()
         unet.save_pretrained(out / "student" / "unet")
+        forget_origins(out / "student" / "unet")
         shutil.copy(options.student / "README.md", out / "student" / "README.md")
     if options.judge:
         shutil.copy(options.judge, out / "judge.safetensors")

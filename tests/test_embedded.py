@@ -117,6 +117,10 @@ def test_teacher_student_and_judge_are_in_the_package_and_small():
     assert 20e6 < size <= 40 * 2**20
 
 
+def test_the_packages_configs_name_no_place_that_they_were_trained_in():
+    assert not [path for path in weights_folder().rglob("*.json") if "_name_or_path" in path.read_text("utf-8")]
+
+
 @pytest.fixture(scope="module")
 def student():
     pipeline = embedded_student()

@@ -163,6 +163,14 @@ def test_a_new_export_replaces_the_old_one_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
+@pytest.mark.parametrize("build", [tiny_sd, tiny_sdxl])
+def test_an_export_does_not_tell_where_its_parts_were_loaded_from(build, tmp_path):
+    build("epsilon", False).save_pretrained(tmp_path / "secret place")
+    out = export_folder(load_pipeline(str(tmp_path / "secret place")), tmp_path / "out")
+    assert not [path for path in out.rglob("*") if path.is_file() and b"secret place" in path.read_bytes()]
+    load_pipeline(str(out))
+
+
 def test_exporting_in_half_precision_leaves_the_models_own_weights_alone(tmp_path):
     teacher = from_pipeline(tiny_sdxl())
     before = {name: value.clone() for name, value in teacher.unet.state_dict().items()}

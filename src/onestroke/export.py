@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -52,6 +53,7 @@ def export_folder(
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         _saved_as(pipeline, dtype, temporary)
+        forget_origins(temporary)
         for name, text in {"README.md": card or "# onestroke student\n", **(notes or {})}.items():
             (temporary / name).write_text(text, "utf-8")
     except (OSError, SafetensorError) as error:
@@ -64,6 +66,14 @@ def export_folder(
     os.replace(temporary, out)
     shutil.rmtree(old, ignore_errors=True)
     return out
+
+
+def forget_origins(folder: Path) -> None:
+    """Take out of the configs in `folder` where each part was loaded from: paths of the machine that trained it."""
+    for path in sorted(folder.rglob("*.json")):
+        tree = json.loads(path.read_text("utf-8"))
+        if isinstance(tree, dict) and tree.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(tree, indent=2) + "\n", "utf-8")
 
 
 def _saved_as(pipeline: DiffusionPipeline, dtype: torch.dtype, folder: Path) -> None:
