@@ -75,9 +75,9 @@ def test_a_picture_never_follows_a_newer_one_of_its_panel():
     app = build_app([scribe], pace=EAGER)
     desk, write, delays = app.state.desk, app.state.desk.encode, {1: 0.4, 2: 0.0}
 
-    async def slow_for_the_first(order, drawn, kind, *, quick=False):
+    async def slow_for_the_first(order, drawn, kind):
         await asyncio.sleep(delays[order.seed])
-        return await write(order, drawn, kind, quick=quick)
+        return await write(order, drawn, kind)
 
     desk.encode = slow_for_the_first
     with client_to(app) as client, client.websocket_connect("/v1/live") as socket:

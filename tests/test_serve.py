@@ -298,9 +298,11 @@ def test_no_address_or_path_in_a_request_is_opened(text):
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
 def test_a_written_picture_says_what_it_was_drawn_from(kind):
-    data = picture_bytes(np.zeros((8, 8, 3), np.uint8), kind, {"prompt": "naïve", "software": "onestroke"})
+    picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    data = picture_bytes(picture, kind, {"prompt": "naïve", "software": "onestroke"})
     image = Image.open(io.BytesIO(data))
-    assert image.format == kind.upper()
+    assert image.format == kind.upper() and image.size == (7, 5) and image.mode == "RGB"
+    assert kind != "png" or np.array_equal(np.asarray(image), picture)
     written = image.text if kind == "png" else json.loads(image.getexif()[ExifTags.Base.ImageDescription])
     assert written["prompt"] == "naïve"
 

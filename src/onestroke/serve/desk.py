@@ -148,7 +148,7 @@ class Desk:
                 job.drop()
             drawing.cancel()
 
-    async def encode(self, order: Order, drawn: Drawn, kind: str, *, quick: bool = False) -> tuple[bytes, float]:
+    async def encode(self, order: Order, drawn: Drawn, kind: str) -> tuple[bytes, float]:
         """The picture's file, what it was drawn from inside, and the seconds that writing it took."""
         metadata = {
             "prompt": order.prompt,
@@ -162,7 +162,7 @@ class Desk:
         if order.start is not None:
             metadata["strength"] = f"{order.start.strength:g}"
         began = time.perf_counter()
-        write = partial(picture_bytes, drawn.picture, kind, metadata, quick=quick)
+        write = partial(picture_bytes, drawn.picture, kind, metadata)
         data = await asyncio.get_running_loop().run_in_executor(self._writer, write)
         return data, time.perf_counter() - began
 

@@ -217,7 +217,7 @@ class Live:
             await self._send_error(ask, error)
             return
         drawn = waiting.job.future.result()
-        data, encode_seconds = await self.desk.encode(order, drawn, ask.format, quick=True)
+        data, encode_seconds = await self.desk.encode(order, drawn, ask.format)
         async with self.sending:
             if waiting.number < state.delivered:
                 await self._send_now(json.dumps({"type": "superseded", "panel": ask.panel, "id": ask.id}))

@@ -6,31 +6,47 @@ import base64
 import binascii
 import io
 import json
-import zlib
+import struct
 from collections.abc import Mapping
 
 import numpy as np
+from isal import isal_zlib
 from PIL import ExifTags, Image, ImageFilter, ImageOps
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngInfo, putchunk
 
 from onestroke.serve.order import Limits, RequestError, Start
 
 READABLE = ("PNG", "JPEG", "WEBP")
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
-QUICK_PNG = {"compress_level": 1, "compress_type": zlib.Z_RLE}  # drawings are runs of one colour
+PNG_MAGIC, PNG_RGB8, PNG_UP = b"\x89PNG\r\n\x1a\n", (8, 2, 0, 0, 0), 2  # RFC 2083: header, filter "up"
 FEATHER = 1.0  # pixels that a mask's edge is softened by
 
 
-def picture_bytes(picture: np.ndarray, kind: str, metadata: Mapping[str, str], *, quick: bool = False) -> bytes:
+def picture_bytes(picture: np.ndarray, kind: str, metadata: Mapping[str, str]) -> bytes:
     """`picture` (h w 3, uint8) as a "png", "jpeg" or "webp" file with `metadata` in it.
 
-    PNG: a text chunk for each entry. JPEG and WebP: JSON in Exif's ImageDescription. `quick`: a PNG that is a little
-    larger, in a fifth of the time.
+    PNG: a text chunk for each entry. JPEG and WebP: JSON in Exif's ImageDescription.
     """
-    file = io.BytesIO()
-    options = (QUICK_PNG if quick else {"compress_level": 6}) if kind == "png" else {}
-    Image.fromarray(picture).save(file, kind.upper(), **metadata_options(kind.upper(), metadata), **options)
+    file, options = io.BytesIO(), metadata_options(kind.upper(), metadata)
+    if kind == "png":
+        _write_png(picture, options["pnginfo"], file)
+    else:
+        Image.fromarray(picture).save(file, kind.upper(), **options)
     return file.getvalue()
+
+
+def _write_png(picture: np.ndarray, metadata: PngInfo, file: io.BytesIO) -> None:
+    """A PNG a tenth larger than Pillow's, in a twentieth of its time: what is written here competes with drawing."""
+    height, width, _ = picture.shape
+    lines = np.empty((height, 1 + 3 * width), np.uint8)
+    lines[:, 0], lines[:, 1:] = PNG_UP, picture.reshape(height, -1)
+    lines[1:, 1:] -= picture.reshape(height, -1)[:-1]
+    file.write(PNG_MAGIC)
+    putchunk(file, b"IHDR", struct.pack(">2I5B", width, height, *PNG_RGB8))
+    for name, content, *_ in metadata.chunks:
+        putchunk(file, name, content)
+    putchunk(file, b"IDAT", isal_zlib.compress(lines, 1))
+    putchunk(file, b"IEND", b"")
 
 
 def metadata_options(kind: str, metadata: Mapping[str, str]) -> dict:
