@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise, product
 
@@ -165,6 +166,40 @@ def test_the_event_loop_runs_on_while_the_model_draws():
         await job.future
 
     drive(batcher, script)
+
+
+def test_batches_that_are_ready_follow_one_another_without_the_event_loop():
+    scribe = Scribe()
+    batcher = Batcher(scribe.draw, Pace(wait=0.0))
+
+    async def script():
+        jobs = batcher.submit([order("a"), order("b", steps=2), order("c", steps=3)])
+        await until(scribe.began)
+        deadline = time.monotonic() + 10
+        while len(scribe.prompts) < 3:  # nothing is awaited: the event loop stands still
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        assert not any(job.future.done() for job in jobs)
+        return await asyncio.gather(*(job.future for job in jobs))
+
+    assert [one.batch_size for one in drive(batcher, script)] == [1, 1, 1]
+
+
+def test_the_end_comes_after_the_batch_that_is_being_drawn():
+    scribe = Scribe(held=True)
+    batcher = Batcher(scribe.draw, Pace(wait=0.0))
+
+    async def script():
+        began, waiting = batcher.submit([order("began"), order("waiting", steps=2)])
+        await until(scribe.began)
+        ending = asyncio.create_task(batcher.stop())
+        await asyncio.sleep(0.05)
+        scribe.free.set()
+        await ending
+        return (await began.future).batch_size, waiting.future.cancelled()
+
+    assert drive(batcher, script) == (1, True)
+    assert scribe.prompts == [["began"]]
 
 
 def test_who_leaves_takes_the_orders_along():
