@@ -169,12 +169,13 @@ def test_the_event_loop_runs_on_while_the_model_draws():
 
 
 def test_batches_that_are_ready_follow_one_another_without_the_event_loop():
-    scribe = Scribe()
+    scribe = Scribe(held=True)
     batcher = Batcher(scribe.draw, Pace(wait=0.0))
 
     async def script():
         jobs = batcher.submit([order("a"), order("b", steps=2), order("c", steps=3)])
         await until(scribe.began)
+        scribe.free.set()
         deadline = time.monotonic() + 10
         while len(scribe.prompts) < 3:  # nothing is awaited: the event loop stands still
             assert time.monotonic() < deadline
