@@ -239,6 +239,7 @@ class PretrainRecipe(Section):
     batch_size: int = Field(32, ge=1)  # of the teacher
     learning_rate: float = Field(3e-3, gt=0)  # of the teacher, by Muon
     uniform_timesteps: float = Field(0.3, ge=0, le=1)  # share of timesteps; the others lie about log-SNR 0
+    emphasis: float = Field(1.0, ge=0)  # of comicset's small parts that have names, beside the whole picture's weight
     start: str | None = None  # a teacher to go on from: "embedded-teacher", or a folder of the same architecture
     vae: str | None = None  # a teacher whose VAE is taken and not trained; None: that of `start`, or a new one
     seed: int = Field(0, ge=0)

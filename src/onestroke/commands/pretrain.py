@@ -121,8 +121,11 @@ def _stages(
                 return False
     cache = pretrain_latents(out, source, recipe, machine, log=stage_log("latents", deadline, console))
     _check_time(deadline)
+    log = stage_log("teacher", deadline, console)
     with Display(console, recipe.teacher_images, "teacher") as observe:
-        return pretrain_teacher(out, source, cache, recipe, machine, minutes=_minutes_to(deadline), observe=observe)
+        return pretrain_teacher(
+            out, source, cache, recipe, machine, minutes=_minutes_to(deadline), observe=observe, log=log
+        )
 
 
 def _minutes_to(deadline: float) -> float | None:

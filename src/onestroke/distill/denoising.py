@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,7 +51,11 @@ class Noised:
 
 
 class Denoising:
-    """Train a model's UNet, and its text encoders with it where `train_text`."""
+    """Train a model's UNet, and its text encoders with it where `train_text`.
+
+    `emphasis(slots)`: what the error counts at each place of a latent beyond 1, times the signal's share of the noised
+    latent, `alphas_cumprod[t]`: little where the noise still hides what is where.
+    """
 
     def __init__(
         self,
@@ -60,8 +64,9 @@ class Denoising:
         *,
         train_text: bool = True,
         hint: Hint | None = None,
+        emphasis: Callable[[Int[Tensor, " b"]], Float[Tensor, "b h w"]] | None = None,
     ) -> None:
-        self.model, self.settings, self.hint = model, settings, hint
+        self.model, self.settings, self.hint, self.emphasis = model, settings, hint, emphasis
         self._middle: list[Tensor] = []  # the middle block's last output, where a hint reads it
         parts: dict[str, nn.Module] = {"unet": model.unet.train()}
         if train_text:
@@ -95,15 +100,20 @@ class Denoising:
         return self.model.encode_images(batch.images.to(self.model.device))
 
     def loss(self, player: str, rollout: Noised) -> Loss:
-        """Mean squared error of the network's output, uniform over timesteps; the hint's loss beside it."""
+        """Mean squared error of the network's output, with its emphasis; the hint's loss beside it."""
         self._middle.clear()
         r = rollout
         output = self.model.family.call_unet(self.model.unet, r.x_t, r.t, r.condition).float()
-        denoising = (output - r.target).square().mean()
-        if self.hint is None:
-            return Loss(denoising)
-        hint = self.hint.loss(self._middle.pop(), r.batch)
-        return Loss(denoising + hint, {"denoising": denoising, "hint": hint})
+        error = (output - r.target).square()
+        total, terms = error.mean(), {"denoising": error.mean()}
+        if self.emphasis is not None:
+            alpha, _ = self.model.schedule.rates(r.t, error)
+            weight = 1 + alpha.square() * self.emphasis(r.batch.slots).to(error)[:, None]
+            total = (weight * error).mean()
+        if self.hint is not None:
+            hint = self.hint.loss(self._middle.pop(), r.batch)
+            total, terms = total + hint, terms | {"hint": hint}
+        return Loss(total, terms)
 
     def finish_step(self, due: frozenset[str]) -> None:
         """Nothing to do."""

@@ -22,6 +22,7 @@ from onestroke.distill.denoising import Denoising, DenoisingSettings
 from onestroke.embedded import TEACHER, embedded_teacher
 from onestroke.embedded.architecture import build_pipeline
 from onestroke.embedded.autoencoder import AutoencoderRecipe, train_autoencoder
+from onestroke.embedded.emphasis import emphasis, parts_of
 from onestroke.embedded.fit import Machine, fit, stack_images
 from onestroke.embedded.judge import (
     NOTHING,
@@ -48,7 +49,15 @@ JUDGE_PICTURES = 50_000  # different ones, shown again and again
 VALUES = {name: (NOTHING, *names) for name, names in judged_values().items()}
 TEXT_BATCH = 32
 TEXT_SETTINGS = ("text_captions", "learning_rate", "start", "seed")
-TEACHER_SETTINGS = (*TEXT_SETTINGS, "size", "latent_images", "teacher_images", "batch_size", "uniform_timesteps")
+TEACHER_SETTINGS = (
+    *TEXT_SETTINGS,
+    "size",
+    "latent_images",
+    "teacher_images",
+    "batch_size",
+    "uniform_timesteps",
+    "emphasis",
+)
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
@@ -208,6 +217,7 @@ def pretrain_teacher(
     *,
     minutes: float | None = None,
     observe: Observer = lambda progress, left: None,
+    log: Callable[[str], None] = print,
 ) -> bool:
     """The UNet and text encoders around the VAE in `out/vae`; a diffusers folder `out/teacher` at the end.
 
@@ -221,7 +231,10 @@ def pretrain_teacher(
         recipe.learning_rate, "muon", (0.9, 0.99), weight_decay=1e-2, warmup_images=3_200, decay="linear"
     )
     settings = DenoisingSettings(optimizer, ema_images=10_000, uniform_share=recipe.uniform_timesteps, seed=recipe.seed)
-    method = Denoising(from_pipeline(pipeline), settings, hint=_hint(source, cache, recipe, pipeline))
+    emphasis = _emphasis(out, source, cache, recipe, machine, log=log)
+    method = Denoising(
+        from_pipeline(pipeline), settings, hint=_hint(source, cache, recipe, pipeline), emphasis=emphasis
+    )
     trainer = Trainer(
         method, TrainSettings(recipe.teacher_images, recipe.batch_size, autocast=autocast_dtype("auto", machine.device))
     )
@@ -260,6 +273,33 @@ def _hint(
     hint = PictureNaming(pipeline.unet.config.block_out_channels[-1], VALUES, labels_at)
     hint.module.to(pipeline.device)
     return hint
+
+
+def _emphasis(
+    out: Path,
+    source: Source,
+    cache: CachedLatents,
+    recipe: PretrainRecipe,
+    machine: Machine,
+    *,
+    log: Callable[[str], None],
+) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What the small parts of each slot's picture count beyond the rest, where the source knows them."""
+    if not isinstance(source, ComicSource) or not recipe.emphasis:
+        return None
+    parts = parts_of(
+        out / "latents",
+        source,
+        cache,
+        num_workers=machine.num_workers,
+        log=lambda done: log(f"small parts of {done}/{len(cache)} pictures found"),
+    )
+
+    def emphasis_at(slots: torch.Tensor) -> torch.Tensor:
+        rows = [picture_at(slot, len(cache), seed=recipe.seed) for slot in slots.tolist()]
+        return emphasis(parts[rows], recipe.emphasis)
+
+    return emphasis_at
 
 
 def _untrained(out: Path, source: Source, recipe: PretrainRecipe) -> StableDiffusionXLPipeline:
