@@ -256,7 +256,8 @@ class Live:
 
     async def _send_now(self, frame: str | bytes) -> None:
         send = self.socket.send_text(frame) if isinstance(frame, str) else self.socket.send_bytes(frame)
-        await asyncio.wait_for(send, SEND_SECONDS)
+        async with asyncio.timeout(SEND_SECONDS):  # `wait_for` makes a task for each frame
+            await send
 
     async def _close(self, code: int, reason: str) -> None:
         if self.socket.client_state is WebSocketState.CONNECTED:
