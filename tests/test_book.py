@@ -57,6 +57,7 @@ def test_a_sheet_is_written_into_every_panel_that_names_it(browser):
         # the prompt completes a name; a name that no prompt could hold is put back
         page.fill("#prompt", "")
         page.locator("#prompt").press_sequentially("@ma")
+        page.locator("#completions li").first.wait_for()
         page.keyboard.press("ArrowDown")
         page.keyboard.press("Enter")
         assert page.input_value("#prompt") == "@Mara"

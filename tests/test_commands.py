@@ -329,7 +329,7 @@ def test_minutes_bound_the_stages_together(monkeypatch, tmp_path):
         calls.append("text")
         return True
 
-    def teacher(out, source, cache, recipe, machine, *, minutes, observe) -> bool:
+    def teacher(out, source, cache, recipe, machine, *, minutes, observe, log) -> bool:
         calls.append(minutes)
         return True
 
