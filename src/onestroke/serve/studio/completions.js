@@ -6,7 +6,7 @@ export class Completions {
   constructor(input, list, onChoose) {
     Object.assign(this, { input, list, onChoose, phrases: [], names: () => [], shown: [], active: -1 });
     input.addEventListener("input", () => this._update());
-    input.addEventListener("blur", () => setTimeout(() => this.close(), 120));
+    input.addEventListener("blur", () => setTimeout(() => document.activeElement === input || this.close(), 120));
     input.addEventListener("keydown", (event) => this._key(event));
     list.addEventListener("mousedown", (event) => {
       event.preventDefault();
