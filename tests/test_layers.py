@@ -1,6 +1,8 @@
 """The rooms of the package, in the order in which data flows: a file imports only from rooms above its own."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,8 @@ PACKAGE = Path(onestroke.__file__).parent
 # exported; evaluate stands above train too, and the embedded models below everything that trains them.
 ROOMS = (
     "types", "errors", "cluster", "ownership", "config", "recipes", "precision", "compiler", "operations", "schedule",
-    "randomness", "families", "lora", "data", "train/method", "distill", "sample", "single_file_export", "export",
-    "card", "evaluate", "arena", "train", "plan", "embedded", "ablation", "serve",
+    "randomness", "families", "lora", "data", "train/method", "distill", "sample", "picture_metadata",
+    "single_file_export", "export", "card", "evaluate", "arena", "train", "plan", "embedded", "ablation", "serve",
 )  # fmt: skip
 COMPOSITION = ("__init__", "__main__", "build", "api", "cli", "commands")  # may import from every room
 
@@ -75,3 +77,13 @@ def test_the_check_sees_imports_in_functions_and_of_names(tmp_path):
 @pytest.mark.parametrize("module", ["distill.add", "train.trainer", "families.sdxl"])
 def test_files_stay_at_the_size_where_one_looks_for_a_seam(module):
     assert len(FILES[module].read_text("utf-8").splitlines()) <= 300
+
+
+def test_what_needs_no_extra_is_imported_without_their_packages():
+    """As after `pip install onestroke`: each command says itself what it needs."""
+    absent = ("fastapi", "uvicorn", "prometheus_client", "starlette", "isal", "evalica", "peft", "ray", "torchao")
+    commands = ("demo", "distill", "doctor", "evaluate", "generate", "plan", "pretrain", "serve")
+    script = f"import sys\nfor name in {absent}: sys.modules[name] = None\nimport onestroke.cli\n"
+    script += "".join(f"import onestroke.commands.{command}\n" for command in commands)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -20,8 +20,8 @@ from onestroke.embedded import STUDENT, TEACHER
 from onestroke.embedded.vocabulary import unknown_words
 from onestroke.errors import RecipeError, ResourceError
 from onestroke.evaluate.pictures import model_size
+from onestroke.picture_metadata import metadata_options
 from onestroke.sample import draw
-from onestroke.serve.pictures import metadata_options
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 

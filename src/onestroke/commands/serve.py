@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from onestroke.serve.drawer import Drawer
     from onestroke.serve.replica import Replica
 
-NEEDED = ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "websockets")
+NEEDED = ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "websockets", "isal")
 TEACHER_STEPS = 25
 
 

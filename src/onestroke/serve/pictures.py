@@ -5,15 +5,15 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import json
 import struct
 from collections.abc import Mapping
 
 import numpy as np
 from isal import isal_zlib
-from PIL import ExifTags, Image, ImageFilter, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 from PIL.PngImagePlugin import PngInfo, putchunk
 
+from onestroke.picture_metadata import metadata_options
 from onestroke.serve.order import Limits, RequestError, Start
 
 READABLE = ("PNG", "JPEG", "WEBP")
@@ -47,19 +47,6 @@ def _write_png(picture: np.ndarray, metadata: PngInfo, file: io.BytesIO) -> None
         putchunk(file, name, content)
     putchunk(file, b"IDAT", isal_zlib.compress(lines, 1))
     putchunk(file, b"IEND", b"")
-
-
-def metadata_options(kind: str, metadata: Mapping[str, str]) -> dict:
-    """What Pillow's `save` takes to put `metadata` into a file of `kind`: "PNG", "JPEG" or "WEBP"."""
-    if kind == "PNG":
-        chunks = PngInfo()
-        for name, value in metadata.items():
-            chunks.add_itxt(name, value) if not value.isascii() else chunks.add_text(name, value)
-        return {"pnginfo": chunks}
-    exif = Image.Exif()
-    exif[ExifTags.Base.ImageDescription] = json.dumps(metadata)
-    exif[ExifTags.Base.Software] = metadata["software"]
-    return {"exif": exif.tobytes(), "quality": 95}
 
 
 def read_picture(data: bytes, limits: Limits, *, where: str) -> Image.Image:
