@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections import Counter
+from functools import partial
 from itertools import chain
 
 import pytest
@@ -16,10 +17,11 @@ from tiny_runs import endless, tiny_add, tiny_batch, tiny_dinov2, tiny_recipe, w
 
 from onestroke.api import distill
 from onestroke.build import add_trainer, source_of, teacher_of
-from onestroke.config import Recipe
+from onestroke.config import Recipe, StudentRecipe
 from onestroke.distill.add import STUDENT
-from onestroke.distill.anchors import Anchoring, Anchors, anchor_loss
+from onestroke.distill.anchors import MOST, ROUND, Anchoring, Anchors, Drawn, anchor_loss, draw_anchors
 from onestroke.errors import DataError, RecipeError
+from onestroke.families.load import from_pipeline
 from onestroke.train.anchoring import SHARD_PICTURES, anchor_batches, anchors_of
 from onestroke.train.checkpoint import load_newest
 from onestroke.train.method import OptimizerSettings
@@ -29,8 +31,10 @@ torch.set_num_threads(1)
 
 
 def some_anchors(count: int = 5, *, side: int = 8) -> Anchors:
-    latents = torch.randn(count, 4, side, side, generator=torch.Generator().manual_seed(3)).half()
-    return Anchors(latents, [f"anchor {i}" for i in range(count)], seed=0, size=(4 * side, 4 * side))
+    path = torch.randn(count, 4, 4, side, side, generator=torch.Generator().manual_seed(3)).half()
+    worded = torch.rand(count, side, side, generator=torch.Generator().manual_seed(4)).half()
+    shards = [Drawn(path[first : first + 3], worded[first : first + 3]) for first in range(0, count, 3)]
+    return Anchors(shards, [f"anchor {i}" for i in range(count)], seed=0, size=(4 * side, 4 * side))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +47,7 @@ def recipe(tmp_path_factory) -> Recipe:
         f"teacher.source={folder / 'teacher'}", f"data.source={folder / 'pictures'}", "data.size=16",
         "train.batch_size=2", "train.num_images=12", "discriminator.features=dinov2-small",
         f"discriminator.features_source={tiny_dinov2(folder / 'dinov2')}",
-        "anchors.count=3", "anchors.steps=2", "anchors.images=8", "anchors.every=2",
+        "anchors.count=3", "anchors.steps=8", "anchors.images=8", "anchors.every=2",
     )  # fmt: skip
 
 
@@ -53,9 +57,30 @@ def changed(recipe: Recipe, **settings) -> Recipe:
 
 def test_the_loss_by_hand():
     drawn, target = torch.zeros(2, 1, 1, 2), torch.tensor([[[[1.0, 3.0]]], [[[2.0, 0.0]]]])
-    assert anchor_loss(drawn, target, 2).item() == ((1 + 9) / 2 + (4 + 0) / 2) / 2
-    assert anchor_loss(drawn, target, 0.5).item() == 14.0
-    assert anchor_loss(drawn[:0], target[:0], 0.5).item() == 0.0
+    even, uneven = torch.ones(2, 1, 2), torch.tensor([[[0.5, 1.5]], [[0.0, 40.0]]])
+
+    def huber(square: float) -> float:
+        return math.sqrt(square + ROUND**2) - ROUND
+
+    plain, emphasised = partial(anchor_loss, emphasis=0.0), partial(anchor_loss, emphasis=2.0)
+    assert plain(drawn, target, uneven, 2).item() == pytest.approx((huber(5) + huber(2)) / 2)
+    assert plain(drawn, target, even, 0.5).item() == pytest.approx(2 * (huber(5) + huber(2)))
+    assert plain(drawn[:0], target[:0], even[:0], 0.5).item() == 0.0
+    assert emphasised(drawn, target, even, 2).item() == pytest.approx((huber(15) + huber(6)) / 2)
+    # (1 + 2 * 0.5) 1 + (1 + 2 * 1.5) 9 over 2; 1 * 4 over 2, and the other place, at 1 + MOST, is right
+    assert emphasised(drawn, target, uneven, 2).item() == pytest.approx((huber(19) + huber(2)) / 2)
+    assert emphasised(target, drawn, uneven.flip(2), 2).item() == pytest.approx(
+        (huber((4 * 1 + 2 * 9) / 2) + huber((1 + MOST) * 4 / 2)) / 2
+    )
+
+
+def test_a_late_timestep_has_as_much_of_a_say_as_an_early_one():
+    """The gradient of a distance, unlike that of its square, does not grow with it."""
+    target, even = torch.zeros(2, 1, 4, 4), torch.ones(2, 4, 4)
+    drawn = torch.stack([torch.full((1, 4, 4), 1.0), torch.full((1, 4, 4), 0.2)]).requires_grad_()
+    anchor_loss(drawn, target, even, 2, emphasis=0.0).backward()
+    early, late = drawn.grad.flatten(1).norm(dim=1).tolist()
+    assert late == pytest.approx(early, rel=0.02)
 
 
 def test_each_anchor_comes_once_an_epoch_whatever_the_batches():
@@ -108,12 +133,24 @@ def test_the_teacher_draws_them_as_plain_diffusers_does_from_the_noise_that_the_
     assert len(set(anchors.captions)) == 3
     rows = range(3)
     pipeline = StableDiffusionXLPipeline.from_pretrained(recipe.teacher.source, torch_dtype=torch.float64)
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, final_sigmas_type="zero")
-    plain = pipeline(
-        list(anchors.captions), latents=anchors.noise(rows).double(), num_inference_steps=2, guidance_scale=3.0,
-        height=16, width=16, output_type="latent",
-    ).images  # fmt: skip
-    torch.testing.assert_close(anchors.latents.double(), plain, rtol=2e-3, atol=2e-3)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
+        pipeline.scheduler.config, final_sigmas_type="zero", timestep_spacing="trailing"
+    )
+    on_the_way = {}
+
+    def keep(pipeline, step, t, values):
+        on_the_way[int(pipeline.scheduler.timesteps[step + 1]) if step < 7 else 0] = values["latents"]
+        return values
+
+    pipeline(
+        list(anchors.captions), latents=anchors.noise(rows).double(), num_inference_steps=8, guidance_scale=3.0,
+        height=16, width=16, output_type="latent", callback_on_step_end=keep,
+    )  # fmt: skip
+    plain = torch.stack([on_the_way[t] for t in (749, 499, 249, 0)], 1)
+    drawn = anchors.at(rows)
+    torch.testing.assert_close(drawn.path.double(), plain, rtol=2e-3, atol=2e-3)
+    assert drawn.worded.shape == (3, 4, 4) and drawn.worded.double().std() > 0.1
+    torch.testing.assert_close(drawn.worded.double().mean((1, 2)), torch.ones(3).double(), rtol=1e-3, atol=0)
 
     given = []
 
@@ -121,19 +158,42 @@ def test_the_teacher_draws_them_as_plain_diffusers_does_from_the_noise_that_the_
         given.append((x_t, t))
         return x_t
 
-    alone = Anchoring(teacher, student, torch.nn.Linear(1, 1), anchors, OptimizerSettings(1e-3))
+    settings = StudentRecipe(timestep_weights=[2, 1, 1, 1])
+    linear = torch.nn.Linear(1, 1)
+    alone = Anchoring(teacher, student, linear, anchors, settings, OptimizerSettings(1e-3), emphasis=1.0)
     (batch,) = anchor_batches(anchors, 0, 300, 300)
-    _, target = alone.rollout(batch, frozenset({STUDENT}))
+    _, lesson = alone.rollout(batch, frozenset({STUDENT}))
     order = anchors.rows_of(batch.slots, 1)
-    assert torch.equal(target, anchors.latents[order].double())
+    shown = anchors.at(order)
+    assert torch.equal(lesson.target, shown.pictures.double())
     assert list(batch.captions) == [anchors.captions[row] for row in order]
-    (x_t, t), paired = given[0], anchors.noise(order).double()
-    is_first = t == 999
-    assert torch.equal(x_t[is_first], paired[is_first]) and 200 < is_first.sum() < 250
-    assert Counter(t.tolist()).keys() == {999, 749, 499, 249} and min(Counter(t.tolist()).values()) > 15
-    noise = (x_t - teacher.schedule.rates(t, x_t)[0] * target) / teacher.schedule.rates(t, x_t)[1]
-    assert noise[~is_first].std().item() == pytest.approx(1, abs=0.05)  # afresh: with its own the picture would be told
-    assert (noise[~is_first] * paired[~is_first]).mean().abs() < 0.05
+    (x_t, t), noise = given[0], anchors.noise(order).double()
+    assert torch.equal(lesson.x_s, x_t) and torch.equal(lesson.s, t)
+    for place, timestep in enumerate((999, 749, 499, 249)):
+        here = t == timestep
+        expected = noise if place == 0 else shown.path[:, place - 1].double()
+        assert torch.equal(x_t[here], expected[here])
+        assert 30 < here.sum() < 90 if place else 90 < here.sum() < 150
+
+
+def test_words_are_seen_to_move_what_only_they_say():
+    """A teacher whose late steps differ in one place with words and without."""
+    model = from_pipeline(tiny_sdxl("v_prediction", True))
+    condition = model.full_size(model.encode_prompts(["a", "b"]), (16, 16))
+
+    def teacher(x_t, t, both):
+        told = torch.zeros_like(x_t)
+        told[: len(x_t) // 2, :, 1, 2] = 1.0
+        told[: len(x_t) // 2] += (t[0] > 499) * 5.0  # what words change early counts nothing
+        return told
+
+    noise = torch.randn(2, 4, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    drawn = draw_anchors(model, teacher, condition, noise, steps=4, guidance=3.0, num_timesteps=2)
+    assert drawn.path.shape == (2, 2, 4, 4, 4)
+    expected = torch.zeros(2, 4, 4).half()
+    expected[:, 1, 2] = 16
+    assert torch.equal(drawn.worded, expected)
+    assert torch.equal(drawn.pictures[:, :, 1, 2], torch.full((2, 4), 3.0).half())  # the last prediction, guided
 
 
 def test_they_are_drawn_once_and_those_of_another_teacher_are_refused(recipe, tmp_path):
@@ -143,18 +203,23 @@ def test_they_are_drawn_once_and_those_of_another_teacher_are_refused(recipe, tm
     anchors = anchors_of(teacher, source, many, tmp_path, tell=told.append)
     assert told[-1] == "the teacher's pictures: 503/503" and len(anchors) == len(anchors.captions) == 503
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    (tmp_path / "anchors-00001.safetensors").unlink()  # what a killed run had not come to
+    first, second = (tmp_path / f"anchors-{rows}.safetensors" for rows in ("0000000-0000499", "0000500-0000502"))
+    assert sorted(stamps) == [first, second]
+    second.unlink()  # what a killed run had not come to
     again = anchors_of(teacher, source, many, tmp_path, tell=told.append)
-    assert torch.equal(anchors.latents, again.latents)
-    assert [path.name for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp] == [
-        "anchors-00001.safetensors"
-    ]
-    (tmp_path / "anchors-00000.safetensors").unlink()
+    for one, other in zip(anchors.at(range(503)), again.at(range(503)), strict=True):
+        assert torch.equal(one, other)
+    assert [path for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp] == [second]
+    told.clear()
+    more = anchors_of(teacher, source, changed(recipe, count=2 * SHARD_PICTURES), tmp_path, tell=told.append)
+    assert len(told) == 2 and first.stat().st_mtime_ns == stamps[first]  # a larger count goes on
+    assert torch.equal(more.at([499, 501]).path, anchors.at([499, 501]).path)
+    first.unlink()
     assert anchors_of(teacher, source, many, tmp_path, is_late=lambda: True, tell=told.append) is None
-    assert not (tmp_path / "anchors-00000.safetensors").exists()
+    assert not first.exists()
     with torch.no_grad():
         next(teacher.unet.parameters()).add_(1e-3)
-    (tmp_path / "anchors-00001.safetensors").rename(tmp_path / "anchors-00000.safetensors")
+    second.rename(first)
     with pytest.raises(DataError, match=re.escape("these anchors are of another teacher")):
         anchors_of(teacher, source, many, tmp_path, tell=told.append)
 
@@ -193,7 +258,7 @@ def test_add_begins_with_what_the_anchors_taught(recipe, tmp_path):
         condition = teacher.full_size(teacher.encode_prompts(anchors.captions), anchors.size)
         with torch.no_grad():
             drawn = method.student(anchors.noise(rows).double(), last, condition)
-        return (drawn - anchors.latents).square().mean().item()
+        return (drawn - anchors.at(rows).pictures).square().mean().item()
 
     began, taught = distance(None), distance(learnt)
     ended = distance(load_newest(tmp_path / "run" / "checkpoints")["players"]["student"])
@@ -217,3 +282,5 @@ def test_what_cannot_be_is_refused():
         tiny_recipe("anchors.images=10")
     with pytest.raises(RecipeError, match="anchors are of one size: set data.buckets to none"):
         tiny_recipe("anchors.count=10", "data.buckets=computed")
+    with pytest.raises(RecipeError, match="anchors.steps is no multiple of student.num_timesteps: set it to 12"):
+        tiny_recipe("anchors.count=10", "anchors.steps=10")

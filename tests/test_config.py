@@ -4,7 +4,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from onestroke.config import Recipe, load_recipe, recipe_from, save_recipe
+from onestroke.config import Recipe, load_recipe, pretrain_recipe, recipe_from, save_recipe
 from onestroke.errors import RecipeError
 
 
@@ -118,3 +118,9 @@ def test_keys_that_do_not_go_together_are_named_without_the_whole_section():
     assert str(caught.value) == (
         "recipe: student: timestep_weights has to hold one number per timestep, none negative, not all zero"
     )
+
+
+def test_a_teacher_that_goes_on_knows_its_words_already():
+    assert pretrain_recipe().text_captions == 40_000
+    assert pretrain_recipe(["start=embedded-teacher"]).text_captions == 0
+    assert pretrain_recipe(["start=embedded-teacher", "text_captions=64"]).text_captions == 64

@@ -147,7 +147,7 @@ def test_a_single_file_that_cannot_be_written_is_one_line(tmp_path, monkeypatch)
         path.write_bytes(b"half")
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("onestroke.single_file_export.save_file", fail)
+    monkeypatch.setattr("onestroke.tensor_files.save_file", fail)
     with pytest.raises(ResourceError, match="No space left"):
         save_single_file(tiny_sd(), tmp_path / "model.safetensors")
     assert not list(tmp_path.iterdir())

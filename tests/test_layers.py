@@ -14,9 +14,10 @@ PACKAGE = Path(onestroke.__file__).parent
 # distill; the exports and the model card stand above train, whose sample grids are drawn by the pipeline that will be
 # exported; evaluate stands above train too, and the embedded models below everything that trains them.
 ROOMS = (
-    "types", "errors", "cluster", "ownership", "config", "recipes", "precision", "compiler", "operations", "schedule",
-    "randomness", "families", "lora", "data", "train/method", "distill", "sample", "picture_metadata",
-    "single_file_export", "export", "card", "evaluate", "arena", "train", "plan", "embedded", "ablation", "serve",
+    "types", "errors", "tensor_files", "cluster", "ownership", "config", "recipes", "precision", "compiler",
+    "operations", "schedule", "randomness", "families", "lora", "data", "train/method", "distill", "sample",
+    "picture_metadata", "single_file_export", "export", "card", "evaluate", "arena", "train", "plan", "embedded",
+    "ablation", "serve",
 )  # fmt: skip
 COMPOSITION = ("__init__", "__main__", "build", "api", "cli", "commands")  # may import from every room
 

@@ -160,7 +160,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
         unfinished.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("onestroke.single_file_export.save_file", full_disk)
+    monkeypatch.setattr("onestroke.tensor_files.save_file", full_disk)
     with pytest.raises(Exception, match="No space left"):
         save_single_file(tiny_sd(), path)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

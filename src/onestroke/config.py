@@ -135,14 +135,15 @@ class LossRecipe(Section):
 
 
 class AnchorRecipe(Section):
-    """Pictures that the guided teacher draws from known noise, for the student to draw from it in one step."""
+    """Pictures that the guided teacher draws from known noise, for the student to draw in one step."""
 
     count: int = Field(0, ge=0)  # of them; 0: none
-    steps: int = Field(12, ge=2)  # of the solver that draws them
+    steps: int = Field(12, ge=2)  # of the solver that draws them; a multiple of student.num_timesteps
     images: int = Field(0, ge=0)  # pictures that the student learns from anchors alone, before ADD begins
     learning_rate: float | None = Field(None, gt=0)  # while it does; None: the student's
     every: int = Field(4, ge=1)  # beside ADD: one anchor to so many pictures
-    weight: float = Field(5.0, ge=0)  # beside ADD: of the squared distance between latents
+    weight: float = Field(5.0, ge=0)  # beside ADD: of the distance between latents
+    emphasis: float = Field(1.0, ge=0)  # of the places that words moved last, beside the whole picture's weight
 
     @model_validator(mode="after")
     def _some_to_learn_from(self):
@@ -221,9 +222,14 @@ class Recipe(Section):
     train: TrainRecipe = TrainRecipe()
 
     @model_validator(mode="after")
-    def _anchors_of_one_size(self):
+    def _anchors_that_can_be_drawn(self):
+        steps, stations = self.anchors.steps, self.student.num_timesteps
         if self.anchors.count and self.data.buckets != "none":
             raise ValueError("anchors are of one size: set data.buckets to none, or anchors.count to 0")
+        if self.anchors.count and steps % stations:
+            raise ValueError(
+                f"anchors.steps is no multiple of student.num_timesteps: set it to {stations * (1 + steps // stations)}"
+            )
         return self
 
 
@@ -233,7 +239,7 @@ class PretrainRecipe(Section):
     size: int = Field(128, ge=32, le=1024, multiple_of=16)  # pixels a side; the VAE halves them thrice, the UNet once
     vae_images: int = Field(84_000, ge=1)  # pictures that each stage sees
     judge_images: int = Field(110_000, ge=1)
-    text_captions: int = Field(40_000, ge=0)  # of comicset: what the text encoders learn words from; 0: nothing
+    text_captions: int = Field(40_000, ge=0)  # of comicset: what the text encoders learn words from; with `start`: 0
     latent_images: int = Field(50_000, ge=1)  # encoded once and shown again and again, under new captions
     teacher_images: int = Field(200_000, ge=1)
     batch_size: int = Field(32, ge=1)  # of the teacher
@@ -243,6 +249,11 @@ class PretrainRecipe(Section):
     start: str | None = None  # a teacher to go on from: "embedded-teacher", or a folder of the same architecture
     vae: str | None = None  # a teacher whose VAE is taken and not trained; None: that of `start`, or a new one
     seed: int = Field(0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _words_that_are_known(cls, given: Any) -> Any:
+        return {"text_captions": 0, **given} if isinstance(given, dict) and given.get("start") else given
 
 
 def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:

@@ -7,7 +7,6 @@ as LDM does and SD's as diffusers does. Both are written with alpha = rank: ever
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,11 +15,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from jaxtyping import Float
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from onestroke.errors import ModelError, ResourceError
+from onestroke.errors import ModelError
 from onestroke.families.ldm_keys import unet_place
+from onestroke.tensor_files import write_tensors
 
 Layout = Literal["diffusers", "kohya"]
 OVERSAMPLING, POWER_ITERATIONS = 16, 4  # of the randomised decomposition (arXiv 0909.4061, section 1.6)
@@ -130,15 +130,8 @@ def save_lora(
             key = _kohya_key(name, unet, is_sdxl=is_sdxl)
             tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
             tensors[f"{key}.alpha"] = torch.tensor(float(len(pair.down)))
-    tensors = {key: tensor.to("cpu", dtype).contiguous() for key, tensor in tensors.items()}
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise ResourceError("the adapter could not be written", where=str(path), fix="Free disk space.") from error
+    tensors = {key: tensor.to("cpu", dtype) for key, tensor in tensors.items()}
+    write_tensors(path, tensors, {"format": "pt"}, what="the adapter")
     return path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Mapping
 from functools import partial
@@ -12,15 +11,14 @@ from types import MappingProxyType
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from onestroke.errors import ModelError, ResourceError
+from onestroke.errors import ModelError
 from onestroke.families import ldm_keys
 from onestroke.families.clip_vocabulary import clip_vocabulary
 from onestroke.families.single_file import CONFIG_KEY, Configs, packaged_configs
+from onestroke.tensor_files import write_tensors
 
 _MODELSPEC_PREDICTION = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 _MODELSPEC_ARCHITECTURE = {
@@ -52,15 +50,7 @@ def save_single_file(
     notes = checkpoint_metadata(pipeline, path.stem) | dict(metadata)
     notes[CONFIG_KEY] = json.dumps(pipeline_configs(pipeline))
     tensors = {key: _cast(tensor, dtype, key) for key, tensor in checkpoint_tensors(pipeline).items()}
-    try:
-        _write_atomically(tensors | _markers(pipeline), path, notes)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ResourceError(
-            f"the checkpoint cannot be written ({reason})",
-            where=str(path),
-            fix="Free disk space or choose another folder.",
-        ) from error
+    write_tensors(path, tensors | _markers(pipeline), notes, what="the checkpoint")
     return path
 
 
@@ -209,14 +199,3 @@ def _tokenizer_files(tokenizer) -> dict[str, dict]:
         tokenizer.save_pretrained(folder)
         names = ("tokenizer.json", "tokenizer_config.json")
         return {name: _portable(json.loads(Path(folder, name).read_text(encoding="utf-8"))) for name in names}
-
-
-def _write_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """A reader sees the old file or the whole new one: a temporary file beside `path` takes its name at the end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, unfinished, metadata)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -6,7 +6,6 @@ or of a caption: an edited picture has another one, and a renamed picture the sa
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +14,13 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from onestroke.data.buckets import Size
 from onestroke.data.facts import digest_of
 from onestroke.data.framing import Placement
-from onestroke.errors import DataError, ResourceError
+from onestroke.errors import DataError
+from onestroke.tensor_files import write_tensors
 
 _OPEN_SHARDS = 64  # files kept open at once
 
@@ -66,14 +65,7 @@ class Encodings:
         """Write a shard. This object goes on with what it found on opening. Raises ResourceError on a full disk."""
         number = 1 + max((int(path.stem[-6:]) for path in self.folder.glob("part-*.safetensors")), default=-1)
         path = self.folder / f"part-{number:06d}.safetensors"
-        temporary = path.with_suffix(".tmp")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({"keys": torch.tensor(keys), "rows": rows.contiguous()}, temporary)
-            os.replace(temporary, path)
-        except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
-            raise ResourceError("an encoding could not be written", where=str(path), fix="Free disk space.") from error
+        write_tensors(path, {"keys": torch.tensor(keys), "rows": rows}, what="an encoding")
 
     def _shard(self, number: int) -> safe_open:
         if number not in self._open:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -24,7 +22,8 @@ from onestroke.data.framing import cut, place
 from onestroke.data.loader import ignore_interrupt
 from onestroke.data.plan import picture_at
 from onestroke.data.source import BrokenPicture, Source
-from onestroke.errors import DataError, ResourceError
+from onestroke.errors import DataError
+from onestroke.tensor_files import write_tensors
 from onestroke.types import Batch
 
 SHARD_PICTURES = 2_500
@@ -68,7 +67,8 @@ def cache_latents(
         path = folder / f"latents-{first // SHARD_PICTURES:05d}.safetensors"
         if not path.exists():
             rows = range(first, min(first + SHARD_PICTURES, count))
-            _write_shard(path, _encoded(source, encode, rows, size, num_workers), page)
+            shard = _encoded(source, encode, rows, size, num_workers)
+            write_tensors(path, shard, {"onestroke": json.dumps(page)}, what="the latents")
         shards.append(_read_shard(path, page))
         log(min(first + SHARD_PICTURES, count))
     latents, indices, sizes = (torch.cat([shard[name] for shard in shards]) for name in ("latents", "indices", "sizes"))
@@ -117,16 +117,6 @@ class _Cut(Dataset):
             return None
         placement = place(image.shape[:2], self.size, np.random.default_rng(0), crop="center", random_flip=False)
         return index, cut(image, self.size, placement), (*image.shape[:2], placement.top, placement.left)
-
-
-def _write_shard(path: Path, shard: dict[str, Tensor], page: dict) -> None:
-    temporary = path.with_suffix(".tmp")
-    try:
-        save_file(shard, temporary, metadata={"onestroke": json.dumps(page)})
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise ResourceError("the latents could not be written", where=str(path), fix="Free disk space.") from error
 
 
 def _read_shard(path: Path, page: dict) -> dict[str, Tensor]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from onestroke.config import OptimizerRecipe, Recipe
-from onestroke.distill.anchors import Anchors, anchor_loss
+from onestroke.distill.anchors import Anchors, Lesson, anchor_loss
 from onestroke.distill.conditions import ImageEmbedder, TextEmbedder
 from onestroke.distill.crops import Crops, random_crops
 from onestroke.distill.decoding import Decoder
@@ -35,12 +36,11 @@ from onestroke.types import Batch, Condition
 STUDENT, DISCRIMINATOR = "student", "discriminator"
 
 
-@dataclass(frozen=True)
-class Anchored:
+class Anchored(NamedTuple):
     """What the student draws from the anchors' noise, and the anchors."""
 
     drawn: Float[Tensor, "a c h w"]
-    target: Float[Tensor, "a c h w"]
+    lesson: Lesson
     expected: float  # anchors that a batch of this size has on average
 
 
@@ -127,17 +127,15 @@ class ADD:
         model, anchors, settings = self.model, self.anchors, self.recipe.anchors
         if anchors is None or STUDENT not in due:
             return self.student(x_s, s.to(model.device), condition), None
-        rows, expected = anchors.rows_of(batch.slots, settings.every), len(batch) / settings.every
+        rows = anchors.rows_of(batch.slots, settings.every)
         with torch.no_grad():
-            target = anchors.latents[rows].to(x_s)
+            lesson = anchors.lesson(batch.slots, settings.every, self.recipe.student, model.schedule, x_s)
             if rows:
-                last = torch.full((len(rows),), len(model.schedule) - 1)
-                noised = model.schedule.student_input(target, anchors.noise(rows).to(x_s), last)
                 told = model.encode_prompts([anchors.captions[row] for row in rows])
                 condition = joined(condition, model.full_size(told, anchors.size))
-                x_s, s = torch.cat([x_s, noised]), torch.cat([s, last])
+                x_s, s = torch.cat([x_s, lesson.x_s]), torch.cat([s, lesson.s])
         x0 = self.student(x_s, s.to(model.device), condition)
-        return x0[: len(batch)], Anchored(x0[len(batch) :], target, expected)
+        return x0[: len(batch)], Anchored(x0[len(batch) :], lesson, len(batch) / settings.every)
 
     @property
     def frozen(self) -> list[nn.Module]:
@@ -252,8 +250,9 @@ class ADD:
             total = total + recipe.distill_weight * distillation
             terms["distillation"] = distillation.detach()
         if rollout.anchored is not None:
-            anchor = anchor_loss(rollout.anchored.drawn, rollout.anchored.target, rollout.anchored.expected)
-            total = total + self.recipe.anchors.weight * anchor
+            settings, (drawn, lesson, expected) = self.recipe.anchors, rollout.anchored
+            anchor = anchor_loss(drawn, lesson.target, lesson.worded, expected, emphasis=settings.emphasis)
+            total = total + settings.weight * anchor
             terms["anchor"] = anchor.detach()
         return Loss(total, terms)
 

@@ -1,65 +1,166 @@
-"""Anchors: pictures that the guided teacher draws from known noise, for the student to draw from it in one step.
+"""Anchors: pictures that the guided teacher draws from known noise, for the student to draw in one step.
 
 At pure noise a teacher predicts the mean of all pictures, whatever the noise is: nothing there tells a student that
 another noise is another picture, and a discriminator asks for it only faintly. Pairs of noise and picture, as an ODE
-solver gives them, do (DMD, arXiv 2311.18828, section 3.2, the regression loss; here between latents).
+solver gives them, do (DMD, arXiv 2311.18828, section 3.2, the regression loss; here between latents). On the solver's
+way from one to the other lie the student's later timesteps: from each of them the same picture is to be drawn, as from
+any point of a trajectory (Consistency Models, arXiv 2303.01469, section 3).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from onestroke.config import StudentRecipe
 from onestroke.data.plan import picture_at
-from onestroke.families.model import Denoiser, DiffusionModel
+from onestroke.distill.student import choose_timesteps
+from onestroke.families.model import Denoiser, DiffusionModel, joined
 from onestroke.randomness import normal, uniform
-from onestroke.schedule import student_timesteps
+from onestroke.schedule import NoiseSchedule, student_timesteps
 from onestroke.train.method import Loss, OptimizerSettings, Player
-from onestroke.types import Batch
+from onestroke.types import Batch, Condition
 
 STREAM = "anchor"  # of the noise
-OTHERS = 0.25  # of the pictures before ADD, for the student's other timesteps
+MOST = 16.0  # times the least weight of a place
+ROUND = 0.03  # distance, in a latent's units, below which the loss is quadratic
+
+
+class Drawn(NamedTuple):
+    """Some anchors, as the teacher drew them, in float16."""
+
+    path: Float[Tensor, "n k c h w"]  # scaled latents at the student's timesteps after the first, and last the picture
+    worded: Float[Tensor, "n h w"]  # how much words still moved each place in the later half of the steps; mean 1
+
+    @property
+    def pictures(self) -> Float[Tensor, "n c h w"]:
+        return self.path[:, -1]
+
+
+class Lesson(NamedTuple):
+    """What the student is shown of some anchors, what it is to draw, and what each place counts."""
+
+    x_s: Float[Tensor, "b c h w"]
+    s: Int[Tensor, " b"]
+    target: Float[Tensor, "b c h w"]
+    worded: Float[Tensor, "b h w"]
 
 
 @dataclass(frozen=True)
 class Anchors:
-    """Captions, noise by number, and what the teacher drew of both."""
+    """Captions, noise by number, and what the teacher drew of both. All shards but the last are equally long."""
 
-    latents: Float[Tensor, "n c h w"]  # scaled, float16
+    shards: Sequence[Drawn]
     captions: Sequence[str]
     seed: int
     size: tuple[int, int]  # height, width of the pictures
 
     def __len__(self) -> int:
-        return len(self.latents)
+        return len(self.captions)
+
+    def at(self, rows: Sequence[int]) -> Drawn:
+        """These anchors, read from their shards."""
+        length = len(self.shards[0].path)
+        places = [divmod(row, length) for row in rows]
+        path, worded = (
+            torch.stack([self.shards[shard][part][row] for shard, row in places])
+            if places
+            else self.shards[0][part][:0]
+            for part in range(2)
+        )
+        return Drawn(path, worded)
 
     def noise(self, rows: Sequence[int]) -> Float[Tensor, "b c h w"]:
         """What these anchors were drawn from."""
-        return normal(self.latents.shape[1:], self.seed, STREAM, torch.tensor(list(rows)))
+        return normal(self.shards[0].path.shape[2:], self.seed, STREAM, torch.tensor(list(rows)))
 
     def rows_of(self, slots: Int[Tensor, " b"], every: int) -> list[int]:
         """Which anchors go with these pictures of the run: one to each slot that divides by `every`."""
         numbers = [slot // every for slot in slots.tolist() if slot % every == 0]
         return [picture_at(n, len(self), seed=self.seed) for n in numbers]
 
+    def lesson(
+        self, slots: Int[Tensor, " b"], every: int, student: StudentRecipe, schedule: NoiseSchedule, like: Tensor
+    ) -> Lesson:
+        """The anchors of these slots, each at one of the student's timesteps, in the dtype and place of `like`."""
+        rows = self.rows_of(slots, every)
+        drawn = Drawn(*(part.to(like) for part in self.at(rows)))
+        target = drawn.pictures
+        if not rows:
+            return Lesson(target, torch.empty(0, dtype=torch.int64), target, drawn.worded)
+        fractions = uniform(self.seed, "anchor s", slots[slots % every == 0])
+        s = choose_timesteps(fractions, student, num_train_timesteps=len(schedule))
+        timesteps = torch.tensor(student_timesteps(student.num_timesteps, num_train_timesteps=len(schedule)))
+        place = (s[:, None] == timesteps).long().argmax(1)
+        noised = schedule.student_input(target, self.noise(rows).to(like), s)
+        later = drawn.path[torch.arange(len(rows)), (place - 1).clamp(min=0)]
+        is_first = (place == 0)[:, None, None, None].to(like.device)
+        return Lesson(torch.where(is_first, noised, later), s, target, drawn.worded)
 
-def anchor_loss(drawn: Float[Tensor, "a c h w"], anchors: Float[Tensor, "a c h w"], expected: float) -> Tensor:
-    """Squared distance, averaged over a latent's elements and over `expected` anchors (DMD, eq. 9, in latents).
 
-    Parts of a batch hold more or fewer anchors than others: what one of them counts does not depend on that.
+def draw_anchors(
+    model: DiffusionModel,
+    teacher: Denoiser,
+    condition: Condition,
+    noise: Float[Tensor, "n c h w"],
+    *,
+    steps: int,
+    guidance: float,
+    num_timesteps: int,
+) -> Drawn:
+    """The guided teacher's pictures from this noise by DPM-Solver++ (arXiv 2211.01095), and the way there.
+
+    `steps` is a multiple of the student's `num_timesteps`, so that its timesteps are among the solver's.
     """
-    return (drawn - anchors).square().mean(dim=(1, 2, 3)).sum() / expected
+    config = {key: value for key, value in model.scheduler_config.items() if key != "algorithm_type"}
+    config |= {"prediction_type": "sample", "timestep_spacing": "trailing", "final_sigmas_type": "zero"}
+    solver = DPMSolverMultistepScheduler.from_config(config)
+    solver.set_timesteps(steps, device=noise.device)
+    stations = student_timesteps(num_timesteps, num_train_timesteps=len(model.schedule))[1:]
+    both = joined(condition, model.blank_prompts(condition))
+    x = model.schedule.student_input(noise, noise, solver.timesteps[:1].cpu().expand(len(noise)))
+    path, moved = [], torch.zeros_like(noise[:, 0])
+    for i, t in enumerate(solver.timesteps):
+        if int(t) in stations:
+            path.append(x)
+        worded, blank = teacher(torch.cat([x, x]), t.expand(2 * len(x)), both).chunk(2)
+        if i >= steps // 2:
+            moved += (worded - blank).square().mean(1)
+        x = solver.step(blank + guidance * (worded - blank), t, x).prev_sample
+    mean = moved.mean(dim=(1, 2), keepdim=True)
+    moved = torch.where(mean > 0, moved / mean, torch.ones_like(moved))
+    return Drawn(torch.stack([*path, x], 1).half().cpu(), moved.half().cpu())
+
+
+def anchor_loss(
+    drawn: Float[Tensor, "a c h w"],
+    anchors: Float[Tensor, "a c h w"],
+    worded: Float[Tensor, "a h w"],
+    expected: float,
+    *,
+    emphasis: float,
+) -> Tensor:
+    """Pseudo-Huber distance `sqrt(m + r^2) - r` (arXiv 2310.14189, section 3.3), `m` the mean square over a latent.
+
+    Averaged over `expected` anchors: parts of a batch hold more or fewer of them, and what one counts does not depend
+    on that. The root gives an anchor at a late timestep, which is nearly right, as much of a say as one at pure noise.
+
+    `emphasis`: what the places that words moved count beyond the rest, together, as a share of the whole. What is
+    small in the picture and named in the prompt, an expression or a hand, is moved last, when all else is drawn.
+    """
+    weight = 1 + (emphasis * worded).clamp(max=MOST)
+    square = ((drawn - anchors).square().mean(1) * weight).mean(dim=(1, 2))
+    return ((square + ROUND**2).sqrt() - ROUND).sum() / expected
 
 
 class Anchoring:
-    """A method whose student sees anchors alone: what comes before ADD. Each picture of the run is one anchor.
-
-    A quarter of them is noised afresh, for the student's other timesteps, which would else be forgotten meanwhile.
-    """
+    """A method whose student sees anchors alone: what comes before ADD. Each picture of the run is one anchor."""
 
     def __init__(
         self,
@@ -67,39 +168,27 @@ class Anchoring:
         student: Denoiser,
         trained: nn.Module,
         anchors: Anchors,
+        recipe: StudentRecipe,
         optimizer: OptimizerSettings,
         *,
-        num_timesteps: int = 4,
+        emphasis: float,
     ) -> None:
         self.model, self.student, self.anchors = model, student, anchors
-        self.timesteps = torch.tensor(student_timesteps(num_timesteps, num_train_timesteps=len(model.schedule)))
+        self.recipe, self.emphasis = recipe, emphasis
         self.players = {"student": Player(trained, optimizer)}
 
-    def rollout(self, batch: Batch, due: frozenset[str]) -> tuple[Tensor, Tensor]:
-        """The student's latents and the teacher's."""
-        model, device, seed = self.model, self.model.device, self.anchors.seed
-        rows = self.anchors.rows_of(batch.slots, 1)
+    def rollout(self, batch: Batch, due: frozenset[str]) -> tuple[Tensor, Lesson]:
+        """The student's latents, and what they are held against."""
+        model = self.model
         with torch.no_grad():
             condition = model.full_size(model.encode_prompts(batch.captions), self.anchors.size)
-            target = self.anchors.latents[rows].to(device, model.dtype)
-            s = self._timesteps(uniform(seed, "anchor s", batch.slots))
-            fresh = normal(target.shape[1:], seed, "anchor eps", batch.slots)
-            is_first = (s == self.timesteps[0])[:, None, None, None]
-            noise = torch.where(is_first, self.anchors.noise(rows), fresh).to(target)
-            x_s = model.schedule.student_input(target, noise, s)
-        return self.student(x_s, s.to(device), condition), target
+            like = torch.empty(0, dtype=model.dtype, device=model.device)
+            lesson = self.anchors.lesson(batch.slots, 1, self.recipe, model.schedule, like)
+        return self.student(lesson.x_s, lesson.s.to(model.device), condition), lesson
 
-    def _timesteps(self, fractions: Float[Tensor, " b"]) -> Int[Tensor, " b"]:
-        """The noisiest but for the last `OTHERS` of the fractions, which are spread over the other ones."""
-        others = self.timesteps[1:]
-        if not len(others):
-            return self.timesteps.expand(len(fractions))
-        place = ((fractions - (1 - OTHERS)) / OTHERS * len(others)).floor().long()
-        return torch.where(fractions < 1 - OTHERS, self.timesteps[0], others[place.clamp(min=0)])
-
-    def loss(self, player: str, rollout: tuple[Tensor, Tensor]) -> Loss:
-        drawn, target = rollout
-        loss = anchor_loss(drawn, target, len(target))
+    def loss(self, player: str, rollout: tuple[Tensor, Lesson]) -> Loss:
+        drawn, lesson = rollout
+        loss = anchor_loss(drawn, lesson.target, lesson.worded, len(drawn), emphasis=self.emphasis)
         return Loss(loss, {"anchor": loss.detach()})
 
     def finish_step(self, due: frozenset[str]) -> None:

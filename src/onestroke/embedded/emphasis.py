@@ -8,7 +8,6 @@ minimum: at each place, the mean of what may be there stays the best answer.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -26,7 +24,7 @@ from onestroke.data.comicset.dataset import ComicSource
 from onestroke.data.comicset.render import render
 from onestroke.data.comicset.vocabulary import load_style
 from onestroke.data.latents import CachedLatents
-from onestroke.errors import ResourceError
+from onestroke.tensor_files import write_tensors
 
 LARGE = ("hair", "clothes")  # drawn attributes that the loss heeds by their area
 LEAST_CHANGE, LEAST_PIXELS = 24, 2  # of 255; of a cell
@@ -75,7 +73,8 @@ def parts_of(
         indices = cache.indices[first : first + SHARD_PICTURES].tolist()
         if not path.exists():
             loader = DataLoader(_Parts(source, indices, cells), 50, num_workers=num_workers, collate_fn=np.stack)
-            _write(path, torch.from_numpy(np.concatenate(list(loader))))
+            parts = torch.from_numpy(np.concatenate(list(loader)))
+            write_tensors(path, {"parts": parts}, what="the small parts")
         shards.append(load_file(path)["parts"])
         log(first + len(indices))
     return torch.cat(shards)
@@ -91,13 +90,3 @@ class _Parts(Dataset):
     def __getitem__(self, position: int) -> Bool[np.ndarray, "h w"]:
         character = self.source.character(self.indices[position])
         return small_parts(character, size=self.source.size, cells=self.cells)
-
-
-def _write(path: Path, parts: Bool[Tensor, "n h w"]) -> None:
-    temporary = path.with_suffix(".tmp")
-    try:
-        save_file({"parts": parts.contiguous()}, temporary)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise ResourceError("the small parts could not be written", where=str(path), fix="Free disk space.") from error

@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from onestroke.config import Recipe
 from onestroke.distill.add import ADD
-from onestroke.distill.anchors import Anchors
+from onestroke.distill.anchors import Anchors, Drawn
 from onestroke.distill.conditions import is_shared
 from onestroke.distill.features import FeatureNetwork, untrained_features
 from onestroke.distill.frozen import lower
@@ -98,15 +98,16 @@ class UntrainedAnchors(Anchors):
     """Anchors whose noise is no particular one, which fake numbers could not tell."""
 
     def noise(self, rows: Sequence[int]) -> Tensor:
-        return torch.zeros(len(rows), *self.latents.shape[1:])
+        return torch.zeros(len(rows), *self.shards[0].path.shape[2:])
 
 
 def untrained_anchors(recipe: Recipe, model: DiffusionModel) -> Anchors:
     """One, of the size that all have."""
     size = (recipe.data.size, recipe.data.size)
     side = recipe.data.size // model.vae_scale_factor
-    shape = (1, model.unet.config.in_channels, side, side)
-    return UntrainedAnchors(torch.zeros(shape, dtype=torch.float16, device="cpu"), ("a picture",), recipe.seed, size)
+    shape = (1, recipe.student.num_timesteps, model.unet.config.in_channels, side, side)
+    path, worded = (torch.zeros(s, dtype=torch.float16, device="cpu") for s in (shape, (1, side, side)))
+    return UntrainedAnchors([Drawn(path, worded)], ("a picture",), recipe.seed, size)
 
 
 def tiny_autoencoder_for(model: DiffusionModel) -> AutoencoderTiny:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -12,22 +11,20 @@ from pathlib import Path
 
 import torch
 import yaml
-from diffusers import DPMSolverMultistepScheduler
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
-from onestroke.config import AnchorRecipe, Recipe
+from onestroke.config import Recipe
 from onestroke.data.plan import picture_at
 from onestroke.data.source import Source
 from onestroke.distill.add import STUDENT
-from onestroke.distill.anchors import STREAM, Anchoring, Anchors
-from onestroke.errors import DataError, ResourceError
-from onestroke.export import student_pipeline
+from onestroke.distill.anchors import STREAM, Anchoring, Anchors, Drawn, draw_anchors
+from onestroke.errors import DataError
 from onestroke.families.fingerprint import fingerprint
 from onestroke.families.model import DiffusionModel
 from onestroke.precision import autocast_dtype
 from onestroke.randomness import normal
+from onestroke.tensor_files import write_tensors
 from onestroke.train.checkpoint import list_checkpoints
 from onestroke.train.ranks import any_rank, from_first, num_ranks, rank, share_of
 from onestroke.train.run import run_training
@@ -55,79 +52,78 @@ def anchors_of(
     The teacher draws as its owner would, by DPM-Solver++ (arXiv 2211.01095), with captions of the training pictures and
     the middle of the recipe's guidance. A folder that another teacher, source or recipe filled raises DataError.
     """
-    settings, count = recipe.anchors, recipe.anchors.count
+    count = recipe.anchors.count
     picked = [picture_at(i, len(source), seed=recipe.seed) for i in range(min(count, len(source)))]
     captions = [source.caption(picked[i % len(picked)], slot=i) for i in range(count)]
-    size = (recipe.data.size, recipe.data.size)
     folder.mkdir(parents=True, exist_ok=True)
-    page = json.dumps({
-        "made_by": fingerprint(teacher.unet), "steps": settings.steps, "guidance": _guidance(recipe), "size": size,
-        "seed": recipe.seed, "captions": hashlib.sha256(json.dumps(captions).encode()).hexdigest()[:16],
-    })  # fmt: skip
-    firsts = range(0, count, SHARD_PICTURES)
-    paths = [folder / f"anchors-{first // SHARD_PICTURES:05d}.safetensors" for first in firsts]
+    made_by = fingerprint(teacher.unet)
+    parts = [range(first, min(first + SHARD_PICTURES, count)) for first in range(0, count, SHARD_PICTURES)]
+    paths = [folder / f"anchors-{rows[0]:07d}-{rows[-1]:07d}.safetensors" for rows in parts]
+    pages = [_page(recipe, made_by, captions[rows[0] : rows[-1] + 1]) for rows in parts]
     todo = [i for i, path in enumerate(paths) if not path.exists()]
     if todo:
         home = teacher.device
         teacher.unet.to(next(teacher.vae.parameters()).device)  # a run that splits it keeps it elsewhere until then
-        draw = _drawing(teacher, recipe, settings, size)
+        draw = _drawing(teacher, recipe)
         tell(f"the teacher draws {count} pictures for the student to begin with; once for this folder")
         for i in todo[rank() :: num_ranks()]:
             if is_late():
                 break
-            rows = range(firsts[i], min(firsts[i] + SHARD_PICTURES, count))
-            parts = [rows[first : first + DRAWN_AT_ONCE] for first in range(0, len(rows), DRAWN_AT_ONCE)]
-            drawn = [draw([captions[row] for row in part], torch.tensor(part)) for part in parts]
-            _write(paths[i], torch.cat(drawn), page)
-            tell(f"the teacher's pictures: {rows[-1] + 1}/{count}")
+            groups = [parts[i][first : first + DRAWN_AT_ONCE] for first in range(0, len(parts[i]), DRAWN_AT_ONCE)]
+            drawn = [draw([captions[row] for row in group], torch.tensor(group)) for group in groups]
+            write_tensors(paths[i], _joined(drawn)._asdict(), {"onestroke": pages[i]}, what="the anchors")
+            tell(f"the teacher's pictures: {parts[i][-1] + 1}/{count}")
         teacher.unet.to(home)
     (is_missing,) = any_rank(not all(path.exists() for path in paths[rank() :: num_ranks()]))
     if is_missing:
         return None
-    return Anchors(torch.cat([_read(path, page) for path in paths]), captions, recipe.seed, size)
+    shards = [_read(path, page) for path, page in zip(paths, pages, strict=True)]
+    return Anchors(shards, captions, recipe.seed, _size(recipe))
+
+
+def _page(recipe: Recipe, made_by: str, captions: Sequence[str]) -> str:
+    """What a shard was drawn by and of, to know it again."""
+    return json.dumps({
+        "made_by": made_by, "steps": recipe.anchors.steps, "guidance": _guidance(recipe), "size": _size(recipe),
+        "num_timesteps": recipe.student.num_timesteps, "seed": recipe.seed,
+        "captions": hashlib.sha256(json.dumps(captions).encode()).hexdigest()[:16],
+    })  # fmt: skip
+
+
+def _size(recipe: Recipe) -> tuple[int, int]:
+    return recipe.data.size, recipe.data.size
 
 
 def _guidance(recipe: Recipe) -> float:
     return sum(recipe.teacher.guidance) / 2
 
 
-def _drawing(
-    teacher: DiffusionModel, recipe: Recipe, settings: AnchorRecipe, size: tuple[int, int]
-) -> Callable[[Sequence[str], Tensor], Tensor]:
-    """From captions and anchors' numbers to latents, as float16 on the CPU."""
-    pipeline = student_pipeline(teacher, teacher.unet)
-    config = {key: value for key, value in teacher.scheduler_config.items() if key != "algorithm_type"}
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(config, final_sigmas_type="zero")
-    pipeline.set_progress_bar_config(disable=True)
-    side = [length // teacher.vae_scale_factor for length in size]
-    shape = (teacher.unet.config.in_channels, *side)
-    device = next(teacher.vae.parameters()).device
+def _drawing(teacher: DiffusionModel, recipe: Recipe) -> Callable[[Sequence[str], Tensor], Drawn]:
+    """From captions and anchors' numbers to anchors."""
+    size = _size(recipe)
+    shape = (teacher.unet.config.in_channels, *(length // teacher.vae_scale_factor for length in size))
+    device, denoiser = teacher.device, teacher.denoiser()
     dtype = autocast_dtype(recipe.train.precision, device)
 
     @torch.no_grad()
-    def draw(captions: Sequence[str], rows: Tensor) -> Tensor:
+    def draw(captions: Sequence[str], rows: Tensor) -> Drawn:
+        noise = normal(shape, recipe.seed, STREAM, rows).to(device, teacher.dtype)
         with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            latents = pipeline(
-                prompt=list(captions), latents=normal(shape, recipe.seed, STREAM, rows).to(device, teacher.unet.dtype),
-                height=size[0], width=size[1], num_inference_steps=settings.steps, guidance_scale=_guidance(recipe),
-                output_type="latent",
-            ).images  # fmt: skip
-        return latents.half().cpu()
+            condition = teacher.full_size(teacher.encode_prompts(captions), size)
+            return draw_anchors(
+                teacher, denoiser, condition, noise,
+                steps=recipe.anchors.steps, guidance=_guidance(recipe), num_timesteps=recipe.student.num_timesteps,
+            )  # fmt: skip
 
     return draw
 
 
-def _write(path: Path, latents: Tensor, page: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    try:
-        save_file({"latents": latents.contiguous()}, temporary, metadata={"onestroke": page})
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise ResourceError("the anchors could not be written", where=str(path), fix="Free disk space.") from error
+def _joined(parts: Sequence[Drawn]) -> Drawn:
+    return Drawn(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
-def _read(path: Path, page: str) -> Tensor:
+def _read(path: Path, page: str) -> Drawn:
+    """The tensors stay in the file until they are looked at."""
     with safe_open(path, "pt") as file:
         if (file.metadata() or {}).get("onestroke") != page:
             raise DataError(
@@ -135,7 +131,7 @@ def _read(path: Path, page: str) -> Tensor:
                 where=str(path.parent),
                 fix="Delete this folder, or train in another one.",
             )
-        return file.get_tensor("latents")
+        return Drawn(*(file.get_tensor(name) for name in Drawn._fields))
 
 
 def learn_anchors(
@@ -150,8 +146,15 @@ def learn_anchors(
     method, player, images = trainer.method, trainer.method.players[STUDENT], recipe.anchors.images
     rate = recipe.anchors.learning_rate or player.optimizer.learning_rate
     optimizer = replace(player.optimizer, learning_rate=rate, decay="linear")
-    steps = recipe.student.num_timesteps
-    alone = Anchoring(method.model, method.student, player.module, anchors, optimizer, num_timesteps=steps)
+    alone = Anchoring(
+        method.model,
+        method.student,
+        player.module,
+        anchors,
+        recipe.student,
+        optimizer,
+        emphasis=recipe.anchors.emphasis,
+    )
     settings = replace(trainer.settings, num_images=images, shows_speed=False)
     first = Trainer(alone, settings)
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
