@@ -176,6 +176,12 @@ def test_the_teacher_draws_them_as_plain_diffusers_does_from_the_noise_that_the_
         assert 30 < here.sum() < 90 if place else 90 < here.sum() < 150
 
 
+def test_anchors_are_read_under_the_autocast_of_a_cpu():
+    anchors = some_anchors()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(anchors.at([4]).path[0], anchors.shards[1].path[1].float())
+
+
 def test_words_are_seen_to_move_what_only_they_say():
     """A teacher whose late steps differ in one place with words and without."""
     model = from_pipeline(tiny_sdxl("v_prediction", True))

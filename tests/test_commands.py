@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from onestroke import cli, embedded
 from onestroke.commands import bench, demo, distill, doctor, generate, pretrain
 from onestroke.commands.progress import Display, clock_time, summary
-from onestroke.config import load_recipe, pretrain_recipe
+from onestroke.config import load_recipe, pretrain_recipe, save_recipe
 from onestroke.data.comicset import ComicSource, write_comicset
 from onestroke.distill.denoising import Denoising
 from onestroke.embedded.architecture import build_pipeline
@@ -557,3 +557,21 @@ def test_a_demo_times_a_picture_by_every_way(monkeypatch):
     way = Way("key", 1, lambda prompts, seeds: drawn.append(len(prompts)))
     assert demo.seconds_a_picture(Ways({1: way, 4: way}, {1: way})) == 1.0  # 16 s for 16 pictures by all three
     assert drawn == [16, 16, 16]
+
+
+def test_a_demo_with_time_has_anchors_and_one_that_goes_on_keeps_what_it_began_with(tmp_path):
+    def anchors(out, minutes: float) -> tuple[int, int]:
+        recipe = demo.demo_recipe(out, minutes=minutes, seed=3)
+        assert recipe.seed == 3
+        return recipe.anchors.count, recipe.anchors.images
+
+    assert anchors(tmp_path, 1) == (0, 0) and anchors(tmp_path, 10) == (1000, 4000)
+    for folder in ("short", "long/anchoring", "longer"):
+        (tmp_path / folder).mkdir(parents=True)
+    save_recipe(demo.demo_recipe(tmp_path, minutes=1, seed=3), tmp_path / "short" / "recipe.yaml")
+    assert anchors(tmp_path / "short", 30) == (0, 0)
+    begun = demo.demo_recipe(tmp_path, minutes=10, seed=3)
+    for folder in ("long/anchoring", "longer"):  # killed before ADD, or in it
+        save_recipe(begun, tmp_path / folder / "recipe.yaml")
+    assert anchors(tmp_path / "long", 30) == anchors(tmp_path / "longer", 30) == (1000, 4000)
+    assert demo.demo_recipe(tmp_path / "long", minutes=30, seed=3) == begun

@@ -42,6 +42,7 @@ from onestroke.evaluate.plots import Chart, Series
 from onestroke.evaluate.report import Report, write_report
 from onestroke.evaluate.scored import Networks
 from onestroke.sample import make_fast
+from onestroke.train.folder import RECIPE
 from onestroke.train.tracking import read_metrics
 
 DEMO_IMAGES = 1000  # pictures of each set in the demo's figures, where there is time for them
@@ -49,6 +50,9 @@ FEWEST_IMAGES = 100
 SPREAD_SHARE = 10  # one prompt in so many is drawn with several seeds too
 DRAWING_SECONDS = 70.0  # what all of them may take, so that a slow machine's demo ends in its minutes plus 3
 TIMED_IMAGES = 16
+ANCHORED_MINUTES = 5.0  # of training, from which on the teacher first draws pictures for the student to begin with
+ANCHORS_A_MINUTE, SHOWINGS = 100, 4
+ANCHORED_IMAGES = 40_000  # more than a demo sees: its learning rate stays
 SHOWN_TEACHER_STEPS = (1, 4, 25, 50)
 REAL = "real pictures"
 SHORT_NOTE = Note(
@@ -62,17 +66,21 @@ def run_demo(out: Path, *, minutes: float, seed: int, console: Console) -> Repor
     """Distil for `minutes`, then measure; leaves the student, logs and report.html in `out`."""
     quiet_libraries()
     cap_threads()
-    recipe = load_recipe("mini", [f"seed={seed}", "train.sample_images=0"])
+    recipe = demo_recipe(out, minutes=minutes, seed=seed)
     console.print(
         f"ADD on the embedded comic pictures for {minutes:g} minutes, seed {seed}; stop with Ctrl-C, run again "
         "to continue."
     )
+
+    def tell(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
     with Display(console, recipe.train.num_images, "distilling") as observe:
-        folder = distill(recipe, out, minutes=minutes, observe=observe)
+        folder = distill(recipe, out, minutes=minutes, observe=observe, tell=tell)
     console.print("measuring student and teacher")
     started = time.monotonic()
-    with EvaluationDisplay(console) as tell:
-        report = demo_report(recipe, folder, out, minutes=minutes, on_progress=tell)
+    with EvaluationDisplay(console) as progress:
+        report = demo_report(recipe, folder, out, minutes=minutes, on_progress=progress)
     print_report(report, console)
     console.print(f"measured in {time.monotonic() - started:.0f} s")
     console.print(f"\nreport: [bold]{out / 'report.html'}[/bold]\nnext:")
@@ -83,6 +91,25 @@ def run_demo(out: Path, *, minutes: float, seed: int, console: Console) -> Repor
     ):
         console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
     return report
+
+
+def demo_recipe(out: Path, *, minutes: float, seed: int) -> Recipe:
+    """`mini`; where there is time for anchors, `mini-long` with as many as take about a third of it on two cores.
+
+    A run that goes on in `out` keeps what it has begun with.
+    """
+    settings = [f"seed={seed}", "train.sample_images=0"]
+    begun = next((path for path in (out / "anchoring" / RECIPE, out / RECIPE) if path.exists()), None)
+    if begun is None:
+        count = int(ANCHORS_A_MINUTE * minutes) if minutes >= ANCHORED_MINUTES else 0
+        images = SHOWINGS * count
+    else:
+        anchors = load_recipe(begun).anchors
+        count, images = anchors.count, anchors.images
+    if not count:
+        return load_recipe("mini", settings)
+    anchored = [f"anchors.count={count}", f"anchors.images={images}", f"train.num_images={ANCHORED_IMAGES}"]
+    return load_recipe("mini-long", settings + anchored)
 
 
 def demo_report(recipe: Recipe, student_folder: Path, out: Path, *, minutes: float, on_progress: OnProgress) -> Report:

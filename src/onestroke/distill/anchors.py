@@ -65,13 +65,13 @@ class Anchors:
         return len(self.captions)
 
     def at(self, rows: Sequence[int]) -> Drawn:
-        """These anchors, read from their shards."""
+        """These anchors, read from their shards, in float32: the CPU's autocast stacks no float16."""
         length = len(self.shards[0].path)
         places = [divmod(row, length) for row in rows]
         path, worded = (
-            torch.stack([self.shards[shard][part][row] for shard, row in places])
+            torch.stack([self.shards[shard][part][row].float() for shard, row in places])
             if places
-            else self.shards[0][part][:0]
+            else self.shards[0][part][:0].float()
             for part in range(2)
         )
         return Drawn(path, worded)
