@@ -19,7 +19,7 @@ from onestroke.api import distill
 from onestroke.build import add_trainer, source_of, teacher_of
 from onestroke.config import Recipe, StudentRecipe
 from onestroke.distill.add import STUDENT
-from onestroke.distill.anchors import MOST, ROUND, Anchoring, Anchors, Drawn, anchor_loss, draw_anchors
+from onestroke.distill.anchors import MOST, ROUND, Anchoring, Anchors, Drawn, anchor_loss, anchored, draw_anchors
 from onestroke.errors import DataError, RecipeError
 from onestroke.families.load import from_pipeline
 from onestroke.train.anchoring import SHARD_PICTURES, anchor_batches, anchors_of
@@ -283,6 +283,26 @@ def test_two_processes_end_near_one(recipe, tmp_path):
         torch.testing.assert_close(value, two[key], rtol=1e-6, atol=1e-8)
 
 
+def test_anchors_may_come_at_other_timesteps_than_the_pictures():
+    recipe = tiny_recipe(
+        "anchors.count=5", "student.timestep_weights=[1, 0, 0, 0]", "anchors.timestep_weights=[0, 1, 1, 0]"
+    )
+    slots, like, schedule = torch.arange(40), torch.empty(0), from_pipeline(tiny_sdxl("v_prediction", True)).schedule
+    lesson = some_anchors().lesson(slots, 2, anchored(recipe), schedule, like)
+    assert len(lesson.s) == 20 and set(lesson.s.tolist()) == {749, 499}
+    assert anchored(tiny_recipe("anchors.count=5")).timestep_weights is None
+
+    method = tiny_add(
+        "anchors.count=5",
+        "anchors.every=2",
+        "anchors.timestep_weights=[0, 0, 0, 1]",
+        kind="v_prediction",
+        zero_snr=True,
+    )
+    method.anchors = some_anchors()
+    assert set(method.rollout(tiny_batch(), frozenset({STUDENT})).anchored.lesson.s.tolist()) == {249}
+
+
 def test_what_cannot_be_is_refused():
     with pytest.raises(RecipeError, match="can be learnt only from a count of anchors"):
         tiny_recipe("anchors.images=10")
@@ -290,3 +310,5 @@ def test_what_cannot_be_is_refused():
         tiny_recipe("anchors.count=10", "data.buckets=computed")
     with pytest.raises(RecipeError, match="anchors.steps is no multiple of student.num_timesteps: set it to 12"):
         tiny_recipe("anchors.count=10", "anchors.steps=10")
+    with pytest.raises(RecipeError, match="anchors.timestep_weights has to hold one number per timestep"):
+        tiny_recipe("anchors.count=10", "anchors.timestep_weights=[1, 2]")

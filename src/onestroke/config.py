@@ -86,6 +86,11 @@ class LoraRecipe(Section):
         return self.rank if self.alpha is None else self.alpha
 
 
+def _check_weights(weights: tuple[float, ...] | None, count: int, name: str) -> None:
+    if weights is not None and (len(weights) != count or min(weights) < 0 or sum(weights) <= 0):
+        raise ValueError(f"{name} has to hold one number per timestep, none negative, not all zero")
+
+
 class StudentRecipe(Section):
     source: str | None = None  # continue this student: a diffusers folder; None starts from the teacher
     init: Literal["teacher", "random"] = "teacher"
@@ -99,9 +104,7 @@ class StudentRecipe(Section):
 
     @model_validator(mode="after")
     def _one_weight_a_timestep(self):
-        weights = self.timestep_weights
-        if weights is not None and (len(weights) != self.num_timesteps or min(weights) < 0 or sum(weights) <= 0):
-            raise ValueError("timestep_weights has to hold one number per timestep, none negative, not all zero")
+        _check_weights(self.timestep_weights, self.num_timesteps, "timestep_weights")
         return self
 
     @model_validator(mode="after")
@@ -144,6 +147,7 @@ class AnchorRecipe(Section):
     every: int = Field(4, ge=1)  # beside ADD: one anchor to so many pictures
     weight: float = Field(5.0, ge=0)  # beside ADD: of the distance between latents
     emphasis: float = Field(1.0, ge=0)  # of the places that words moved last, beside the whole picture's weight
+    timestep_weights: tuple[float, ...] | None = None  # as the student's, for anchors; None: the student's
 
     @model_validator(mode="after")
     def _some_to_learn_from(self):
@@ -224,6 +228,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _anchors_that_can_be_drawn(self):
         steps, stations = self.anchors.steps, self.student.num_timesteps
+        _check_weights(self.anchors.timestep_weights, stations, "anchors.timestep_weights")
         if self.anchors.count and self.data.buckets != "none":
             raise ValueError("anchors are of one size: set data.buckets to none, or anchors.count to 0")
         if self.anchors.count and steps % stations:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from onestroke.config import OptimizerRecipe, Recipe
-from onestroke.distill.anchors import Anchors, Lesson, anchor_loss
+from onestroke.distill.anchors import Anchors, Lesson, anchor_loss, anchored
 from onestroke.distill.conditions import ImageEmbedder, TextEmbedder
 from onestroke.distill.crops import Crops, random_crops
 from onestroke.distill.decoding import Decoder
@@ -129,7 +129,7 @@ class ADD:
             return self.student(x_s, s.to(model.device), condition), None
         rows = anchors.rows_of(batch.slots, settings.every)
         with torch.no_grad():
-            lesson = anchors.lesson(batch.slots, settings.every, self.recipe.student, model.schedule, x_s)
+            lesson = anchors.lesson(batch.slots, settings.every, anchored(self.recipe), model.schedule, x_s)
             if rows:
                 told = model.encode_prompts([anchors.captions[row] for row in rows])
                 condition = joined(condition, model.full_size(told, anchors.size))

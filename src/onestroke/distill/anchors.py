@@ -18,7 +18,7 @@ from diffusers import DPMSolverMultistepScheduler
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from onestroke.config import StudentRecipe
+from onestroke.config import Recipe, StudentRecipe
 from onestroke.data.plan import picture_at
 from onestroke.distill.student import choose_timesteps
 from onestroke.families.model import Denoiser, DiffusionModel, joined
@@ -102,6 +102,12 @@ class Anchors:
         later = drawn.path[torch.arange(len(rows)), (place - 1).clamp(min=0)]
         is_first = (place == 0)[:, None, None, None].to(like.device)
         return Lesson(torch.where(is_first, noised, later), s, target, drawn.worded)
+
+
+def anchored(recipe: Recipe) -> StudentRecipe:
+    """The student's settings, with the weights that its timesteps have for anchors."""
+    weights = recipe.anchors.timestep_weights
+    return recipe.student if weights is None else recipe.student.model_copy(update={"timestep_weights": weights})
 
 
 def draw_anchors(

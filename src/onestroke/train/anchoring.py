@@ -18,7 +18,7 @@ from onestroke.config import Recipe
 from onestroke.data.plan import picture_at
 from onestroke.data.source import Source
 from onestroke.distill.add import STUDENT
-from onestroke.distill.anchors import STREAM, Anchoring, Anchors, Drawn, draw_anchors
+from onestroke.distill.anchors import STREAM, Anchoring, Anchors, Drawn, anchored, draw_anchors
 from onestroke.errors import DataError
 from onestroke.families.fingerprint import fingerprint
 from onestroke.families.model import DiffusionModel
@@ -151,7 +151,7 @@ def learn_anchors(
         method.student,
         player.module,
         anchors,
-        recipe.student,
+        anchored(recipe),
         optimizer,
         emphasis=recipe.anchors.emphasis,
     )
