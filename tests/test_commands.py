@@ -345,7 +345,7 @@ def test_minutes_bound_the_stages_together(monkeypatch, tmp_path):
     calls.clear()
     monkeypatch.setattr(pretrain, "adopt_vae", lambda teacher, out: calls.append(teacher))
     pretrain.run_pretrain(None, tiny_pretrain("start=embedded-teacher"), None, tmp_path, console=paper())
-    assert calls == ["embedded-teacher", "vae", "text", "latents", None]  # a judge is of no use to a teacher
+    assert calls == ["embedded-teacher", "vae", "latents", None]  # a judge is no use to it, and it knows its words
 
 
 def test_pretrain_goes_on_from_a_teacher_with_its_own_vae(tmp_path):

@@ -167,7 +167,7 @@ def test_a_full_disk_leaves_no_half_shard(tmp_path, monkeypatch):
 
     store = Encodings(tmp_path / "latents")
     store.add([5, 9], torch.tensor([[1.0], [2.0]]))
-    monkeypatch.setattr("onestroke.data.encodings.save_file", full)
+    monkeypatch.setattr("onestroke.tensor_files.save_file", full)
     with pytest.raises(ResourceError, match="Free disk space"):
         store.add([7], torch.zeros(1, 1))
     again = Encodings(tmp_path / "latents")

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 import torch
+from painted import Coloured, colour_looking, mean_colour, never, paint, task_of
 
 from onestroke.errors import DataError, ModelError, ResourceError
 from onestroke.evaluate import collect as collecting
 from onestroke.evaluate.collect import Effort, observe
-from onestroke.evaluate.compare import Looking, Task, Ways, find, plan_of, report_of
+from onestroke.evaluate.compare import find, plan_of, report_of
 from onestroke.evaluate.drawn import MeasureCache, PictureCache
 from onestroke.evaluate.gate import judge_gate, parse_gate
-from onestroke.evaluate.observer import Observer, looks
 from onestroke.evaluate.pictures import DrawnSet, Failed, Order, RealSet, Way, halves, orders_of
 from onestroke.evaluate.prompts import PromptSet, read_prompts, shuffled
 from onestroke.evaluate.report import report_html
-from onestroke.evaluate.scored import Networks
 from onestroke.sample import draw
 
 CPU = torch.device("cpu")
@@ -90,24 +88,6 @@ def test_halves_share_no_picture_and_take_from_everywhere():
 
 
 # drawing, looking and keeping
-
-
-def paint(prompts, seeds):
-    """A picture that tells prompt and seed: its colour is the prompt's, its noise the seed's."""
-    pictures = []
-    for prompt, seed in zip(prompts, seeds, strict=True):
-        colour = np.random.default_rng(sum(map(ord, prompt))).integers(40, 200, 3)
-        noise = np.random.default_rng(seed).integers(-30, 30, (16, 16, 1))
-        pictures.append((colour + noise).clip(0, 255).astype(np.uint8))
-    return np.stack(pictures)
-
-
-def mean_colour(version: str = "1") -> Observer:
-    return Observer("colour", version, {"colour": 3}, lambda pictures, prompts: pictures.mean(axis=(1, 2)))
-
-
-def never(*_):
-    raise AssertionError("drawn or looked at again")
 
 
 def test_what_was_drawn_and_looked_at_costs_nothing_the_second_time(tmp_path):
@@ -207,37 +187,6 @@ def test_a_model_that_draws_what_is_not_finite_is_told():
 
     with pytest.raises(ModelError, match="not finite"):
         draw(Overflowing(), ["a"], seeds=[0], steps=1, guidance=0.0)
-
-
-class Coloured:
-    """A source of real pictures: what `paint` draws."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def caption(self, index: int) -> str:
-        return f"prompt {index % 5} of {index}"
-
-    def read(self, index: int, *, slot=None):
-        return type("Picture", (), {"image": paint([self.caption(index)], [index])[0]})
-
-
-def task_of(tmp_path: Path, student=paint, *, count: int = 40, teacher=paint, columns=None, **changes) -> Task:
-    source = Coloured(400)
-    real, reference = (
-        RealSet(n, source, range(k, 400, 2), (16, 16), str) for n, k in (("real pictures", 0), ("ref", 1))
-    )
-    prompts = PromptSet(tuple(source.caption(i) for i in range(0, 2 * count, 2)), columns or {})
-    ways = Ways({1: Way("student", 1, student)}, {1: Way("t1", 1, teacher), 20: Way("t20", 20, teacher, 2.0)})
-    return replace(Task(ways, prompts, reference, real, count, tmp_path), **changes)
-
-
-def colour_looking(**networks) -> Looking:
-    known = Networks({"colour": ("fd", "kd")}, **networks)
-    return Looking((mean_colour(), looks()), (mean_colour(),), known, {"colour": "mean colour"})
 
 
 def test_prompts_that_fail_are_counted_left_out_of_all_sets_and_fail_the_gate(tmp_path):

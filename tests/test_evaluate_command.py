@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from painted import colour_looking, never, noise_pictures, paint, task_of
 from PIL import Image
 from pipelines import tiny_sd
 from rich.console import Console

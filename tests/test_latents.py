@@ -100,7 +100,7 @@ def test_a_full_disk_is_told_and_leaves_no_half_shard(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("onestroke.data.latents.save_file", full)
+    monkeypatch.setattr("onestroke.tensor_files.save_file", full)
     with pytest.raises(ResourceError, match="Free disk space"):
         cached(tmp_path, Squares(3), Encoder())
     assert not list(tmp_path.iterdir())

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from painted import colour_looking, noise_pictures, paint, task_of
 from pipelines import tiny_text_config, tiny_tokenizer
 from tiny_runs import tiny_dinov2
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPVisionModelWithProjection
@@ -39,10 +40,6 @@ def test_a_folder_that_was_given_and_does_not_load_is_an_error(tmp_path):
     for name, kinds in (("dinov2-large", FEATURES), ("clip-vit-large", FEATURES), ("hpsv2", SCORERS)):
         with pytest.raises(ModelError):
             load_observer(name, kinds, weights={name: str(tmp_path)}, device=CPU)
-
-
-def noise_pictures(count: int = 5, side: int = 40) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
 
 
 def test_imagenet_features_come_with_a_style_that_knows_tone_and_not_place():
