@@ -176,6 +176,21 @@ def test_the_teacher_draws_them_as_plain_diffusers_does_from_the_noise_that_the_
         assert 30 < here.sum() < 90 if place else 90 < here.sum() < 150
 
 
+def test_the_teachers_own_sampling_does_not_move_the_timesteps():
+    """Many finetunes come with Karras sigmas, whose timesteps are none of the student's."""
+    noise = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def drawn(**sampling) -> Drawn:
+        model = from_pipeline(tiny_sdxl("v_prediction", True))
+        model.scheduler_config |= sampling
+        condition = model.full_size(model.encode_prompts(["a"]), (16, 16))
+        with torch.no_grad():
+            return draw_anchors(model, model.denoiser(), condition, noise, steps=8, guidance=3.0, num_timesteps=4)
+
+    plain = drawn()
+    assert plain.path.shape[1] == 4 and torch.equal(drawn(use_karras_sigmas=True).path, plain.path)
+
+
 def test_anchors_are_read_under_the_autocast_of_a_cpu():
     anchors = some_anchors()
     with torch.autocast("cpu", torch.bfloat16):

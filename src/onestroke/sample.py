@@ -12,6 +12,7 @@ from torch import Tensor
 
 from onestroke.errors import ModelError
 from onestroke.precision import fast_dtype
+from onestroke.schedule import beta_settings
 from onestroke.types import PredictionType
 
 
@@ -20,16 +21,12 @@ def student_scheduler(
 ) -> EulerAncestralDiscreteScheduler | DDPMScheduler:
     """The exported sampler, by SDXL-Turbo's conventions: Euler ancestral, trailing timesteps, the teacher's betas.
 
-    `prediction_type`: the student's, if not the teacher's. The betas are rescaled where `NoiseSchedule` rescales them:
-    as the config says, but never for a teacher that predicts epsilon, whose x0 would be multiplied by 4096.
+    `prediction_type`: the student's, if not the teacher's.
     diffusers' Euler ancestral sampler cannot read "sample"; DDPM on the same timesteps is the same sampler (the
     posterior's variance in both), but that its first input is eps where ours is sigma_T eps (0.9977 for SDXL).
     """
-    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-    config = {key: teacher_config[key] for key in keys if teacher_config.get(key) is not None}
-    teacher_kind = teacher_config.get("prediction_type", "epsilon")
-    config["rescale_betas_zero_snr"] = bool(teacher_config.get("rescale_betas_zero_snr")) and teacher_kind != "epsilon"
-    kind = prediction_type or teacher_kind
+    config = beta_settings(teacher_config)
+    kind = prediction_type or teacher_config.get("prediction_type", "epsilon")
     if kind == "sample":
         return DDPMScheduler(**config, prediction_type=kind, timestep_spacing="trailing", clip_sample=False)
     return EulerAncestralDiscreteScheduler(**config, prediction_type=kind, timestep_spacing="trailing")

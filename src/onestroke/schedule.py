@@ -31,6 +31,18 @@ def student_timesteps(num_steps: int, *, num_train_timesteps: int = 1000) -> tup
     return tuple(int(step) for step in steps[:num_steps])
 
 
+def beta_settings(config: Mapping) -> dict:
+    """What another sampler takes of a teacher's scheduler config: the betas, and nothing of its sampling.
+
+    They are rescaled where `NoiseSchedule` rescales them: as the config says, but never for a teacher that predicts
+    epsilon, whose x0 would be multiplied by 4096.
+    """
+    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+    settings = {key: config[key] for key in keys if config.get(key) is not None}
+    is_epsilon = config.get("prediction_type", "epsilon") == "epsilon"
+    return settings | {"rescale_betas_zero_snr": bool(config.get("rescale_betas_zero_snr")) and not is_epsilon}
+
+
 @dataclass(frozen=True)
 class NoiseSchedule:
     """`alphas_cumprod`: float64, one per training timestep, falling; 0 at the end with zero terminal SNR."""

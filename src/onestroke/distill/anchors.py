@@ -23,12 +23,12 @@ from onestroke.data.plan import picture_at
 from onestroke.distill.student import choose_timesteps
 from onestroke.families.model import Denoiser, DiffusionModel, joined
 from onestroke.randomness import normal, uniform
-from onestroke.schedule import NoiseSchedule, student_timesteps
+from onestroke.schedule import NoiseSchedule, beta_settings, student_timesteps
 from onestroke.train.method import Loss, OptimizerSettings, Player
 from onestroke.types import Batch, Condition
 
 STREAM = "anchor"  # of the noise
-MOST = 16.0  # times the least weight of a place
+MOST = 16.0  # that words add to the weight of a place, which is 1 without
 ROUND = 0.03  # distance, in a latent's units, below which the loss is quadratic
 
 
@@ -124,9 +124,12 @@ def draw_anchors(
 
     `steps` is a multiple of the student's `num_timesteps`, so that its timesteps are among the solver's.
     """
-    config = {key: value for key, value in model.scheduler_config.items() if key != "algorithm_type"}
-    config |= {"prediction_type": "sample", "timestep_spacing": "trailing", "final_sigmas_type": "zero"}
-    solver = DPMSolverMultistepScheduler.from_config(config)
+    solver = DPMSolverMultistepScheduler(
+        **beta_settings(model.scheduler_config),
+        prediction_type="sample",
+        timestep_spacing="trailing",
+        final_sigmas_type="zero",
+    )
     solver.set_timesteps(steps, device=noise.device)
     stations = student_timesteps(num_timesteps, num_train_timesteps=len(model.schedule))[1:]
     both = joined(condition, model.blank_prompts(condition))
