@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
@@ -302,7 +302,7 @@ def test_summary_averages_logits_over_heads():
 
 
 def tiny_pretrain(*overrides: str):
-    small = ("size=32", "vae_images=8", "judge_images=1", "teacher_images=32")
+    small = ("size=32", "vae_images=8", "judge_images=1", "decoder_images=8", "teacher_images=32")
     return pretrain_recipe([*small, *overrides])
 
 
@@ -325,6 +325,9 @@ def test_minutes_bound_the_stages_together(monkeypatch, tmp_path):
     def latents(out, source, recipe, machine, *, log) -> None:
         calls.append("latents")
 
+    def decoder(out, source, cache, recipe, machine, *, log) -> None:
+        calls.append("decoder")
+
     def text(out, source, recipe, machine, *, minutes, observe) -> bool:
         calls.append("text")
         return True
@@ -336,16 +339,17 @@ def test_minutes_bound_the_stages_together(monkeypatch, tmp_path):
     monkeypatch.setattr(pretrain, "pretrain_vae", lambda out, source, recipe, machine, *, log: calls.append("vae"))
     monkeypatch.setattr(pretrain, "pretrain_judge", lambda out, recipe, machine, *, log: calls.append("judge"))
     monkeypatch.setattr(pretrain, "pretrain_latents", latents)
+    monkeypatch.setattr(pretrain, "pretrain_decoder", decoder)
     monkeypatch.setattr(pretrain, "pretrain_text", text)
     monkeypatch.setattr(pretrain, "pretrain_teacher", teacher)
     pretrain.run_pretrain(None, tiny_pretrain(), 10.0, tmp_path, console=paper())
-    assert calls[:4] == ["vae", "judge", "text", "latents"] and 9.9 < calls[4] <= 10.0
+    assert calls[:5] == ["vae", "judge", "text", "latents", "decoder"] and 9.9 < calls[5] <= 10.0
     pretrain.run_pretrain(None, tiny_pretrain(), 0.0, tmp_path, console=paper())
-    assert calls[5:] == ["vae"]
+    assert calls[6:] == ["vae"]
     calls.clear()
     monkeypatch.setattr(pretrain, "adopt_vae", lambda teacher, out: calls.append(teacher))
-    pretrain.run_pretrain(None, tiny_pretrain("start=embedded-teacher"), None, tmp_path, console=paper())
-    assert calls == ["embedded-teacher", "vae", "latents", None]  # a judge is no use to it, and it knows its words
+    pretrain.run_pretrain(None, pretrain_recipe(["start=embedded-teacher"]), None, tmp_path, console=paper())
+    assert calls == ["embedded-teacher", "vae", "latents", None]  # no judge is of use to it, and its words are known
 
 
 def test_pretrain_goes_on_from_a_teacher_with_its_own_vae(tmp_path):
@@ -359,12 +363,31 @@ def test_pretrain_goes_on_from_a_teacher_with_its_own_vae(tmp_path):
     assert 0 < max(moved) < 0.1
     taken = tiny_pretrain(f"vae={first / 'teacher'}")  # its VAE alone: the rest is new
     pretrain.run_pretrain(str(tmp_path / "pictures"), taken, 0.0, tmp_path / "taken", console=paper())
-    one, other = (AutoencoderKL.from_pretrained(folder / "vae" / "final") for folder in (first, tmp_path / "taken"))
+    one = AutoencoderKL.from_pretrained(first / "teacher", subfolder="vae")
+    other = AutoencoderKL.from_pretrained(tmp_path / "taken" / "vae" / "final")
     assert fingerprint(one) == fingerprint(other)
     other = tmp_path / "third"
     build_autoencoder().save_pretrained(other / "vae" / "final")
     with pytest.raises(ModelError, match="another VAE"):
         pretrain.run_pretrain(str(tmp_path / "pictures"), again, None, other, console=paper())
+
+
+def test_a_new_decoder_goes_under_a_trained_teacher(tmp_path):
+    write_comicset(tmp_path / "pictures", count=40, size=32)
+    first, second = tmp_path / "first", tmp_path / "second"
+    pretrain.run_pretrain(str(tmp_path / "pictures"), tiny_pretrain("decoder_images=0"), None, first, console=paper())
+    again = tiny_pretrain(f"start={first / 'teacher'}", "teacher_images=0", "decoder_images=16")
+    pretrain.run_pretrain(str(tmp_path / "pictures"), again, None, second, console=paper())
+    before, after = (DiffusionPipeline.from_pretrained(folder / "teacher") for folder in (first, second))
+    assert fingerprint(before.unet, before.vae.encoder) == fingerprint(after.unet, after.vae.encoder)
+    latents = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        moved = (before.vae.decode(latents).sample - after.vae.decode(latents).sample).abs().max()
+    assert moved > 1e-3
+    again = tiny_pretrain(f"start={first / 'teacher'}", "teacher_images=0")  # the first one's decoder is left behind
+    pretrain.run_pretrain(str(tmp_path / "pictures"), again, None, second, console=paper())
+    kept = DiffusionPipeline.from_pretrained(second / "teacher")
+    assert fingerprint(kept.vae) == fingerprint(after.vae)
 
 
 def test_the_teachers_timesteps_are_the_recipes(monkeypatch, tmp_path):

@@ -8,7 +8,7 @@ from onestroke.data.comicset.character import draw_character
 from onestroke.data.comicset.dataset import ComicSource
 from onestroke.embedded import embedded_judge, embedded_student, embedded_teacher, weights_folder
 from onestroke.embedded.architecture import build_unet, train_tokenizer
-from onestroke.embedded.autoencoder import build_autoencoder, normalise_latents
+from onestroke.embedded.autoencoder import build_autoencoder, decoder_loss, normalise_latents
 from onestroke.embedded.fit import fit, stack_images
 from onestroke.embedded.held_out import JUDGE, comic_pictures, comic_prompts, judged, value_namer
 from onestroke.embedded.judge import IGNORED, NOTHING, Judge, judge_loss, labels_of, load_judge, new_judge, save_judge
@@ -32,6 +32,18 @@ def test_normalised_latents_have_unit_channels_and_decode_to_the_same_pictures()
     torch.testing.assert_close(after.mean.mean(dim=(0, 2, 3)), torch.zeros(8, dtype=torch.float64), atol=1e-9, rtol=0)
     torch.testing.assert_close(after.mean.std(dim=(0, 2, 3)), torch.ones(8, dtype=torch.float64))
     torch.testing.assert_close(after.std * scale[None, :, None, None], before.std)  # the noise follows its channel
+
+
+def test_an_error_of_the_decoder_counts_more_in_small_parts():
+    torch.manual_seed(0)
+    vae = build_autoencoder().eval()
+    latents, images = torch.randn(1, 8, 2, 2), torch.rand(1, 3, 16, 16) * 2 - 1
+    more = torch.tensor([[[0.0, 3.0], [0.0, 0.0]]])
+    with torch.no_grad():
+        loss = decoder_loss(vae, latents, images, more, perceptual=lambda one, two: torch.tensor(0.25))
+        error = vae.decode(latents).sample - images
+    each = error.abs() + error.square()
+    torch.testing.assert_close(loss, (each.sum() + 3 * each[:, :, :8, 8:].sum()) / each.numel() + 0.25)
 
 
 def test_the_judges_labels_tell_nothing_from_hidden():

@@ -246,7 +246,10 @@ class PretrainRecipe(Section):
     judge_images: int = Field(110_000, ge=1)
     text_captions: int = Field(40_000, ge=0)  # of comicset: what the text encoders learn words from; with `start`: 0
     latent_images: int = Field(50_000, ge=1)  # encoded once and shown again and again, under new captions
-    teacher_images: int = Field(200_000, ge=1)
+    decoder_images: int = Field(
+        40_000, ge=0
+    )  # for the VAE's decoder alone, small parts counting; with `start` or `vae`: 0
+    teacher_images: int = Field(200_000, ge=0)  # 0: what goes before the teacher, which stays as it is
     batch_size: int = Field(32, ge=1)  # of the teacher
     learning_rate: float = Field(3e-3, gt=0)  # of the teacher, by Muon
     uniform_timesteps: float = Field(0.3, ge=0, le=1)  # share of timesteps; the others lie about log-SNR 0
@@ -257,8 +260,12 @@ class PretrainRecipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _words_that_are_known(cls, given: Any) -> Any:
-        return {"text_captions": 0, **given} if isinstance(given, dict) and given.get("start") else given
+    def _what_is_trained_already(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        words = {"text_captions": 0} if given.get("start") else {}
+        decoder = {"decoder_images": 0} if given.get("start") or given.get("vae") else {}
+        return words | decoder | given
 
 
 def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:

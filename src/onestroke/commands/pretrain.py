@@ -1,4 +1,4 @@
-"""`onestroke pretrain`: a small teacher from nothing, in three stages that each go on where they stopped."""
+"""`onestroke pretrain`: a small teacher from nothing, in stages that each go on where they stopped."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from onestroke.data.source import Source
 from onestroke.embedded.fit import Machine
 from onestroke.embedded.pretrain import (
     adopt_vae,
+    pretrain_decoder,
     pretrain_judge,
     pretrain_latents,
     pretrain_teacher,
@@ -107,7 +108,7 @@ def _stages(
     *,
     with_judge: bool,
 ) -> bool:
-    """VAE, judge, latents, teacher; returns whether the last picture was reached. Raises OutOfTime."""
+    """VAE, judge, words, latents, decoder, teacher; returns whether the last picture was reached. Raises OutOfTime."""
     if (owner := recipe.vae or recipe.start) is not None:
         adopt_vae(owner, out)
     pretrain_vae(out, source, recipe, machine, log=stage_log("vae", deadline, console))
@@ -121,6 +122,9 @@ def _stages(
                 return False
     cache = pretrain_latents(out, source, recipe, machine, log=stage_log("latents", deadline, console))
     _check_time(deadline)
+    if recipe.decoder_images:
+        pretrain_decoder(out, source, cache, recipe, machine, log=stage_log("decoder", deadline, console))
+        _check_time(deadline)
     log = stage_log("teacher", deadline, console)
     with Display(console, recipe.teacher_images, "teacher") as observe:
         return pretrain_teacher(

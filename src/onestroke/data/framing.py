@@ -58,6 +58,12 @@ def cut(image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int], placement: Pla
     return np.ascontiguousarray(part[:, ::-1]) if flip else part
 
 
+def centre_cut(image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "h2 w2 3"]:
+    """The middle of `image`, scaled to cover `size`, unmirrored."""
+    placement = place(image.shape[:2], size, np.random.default_rng(0), crop="center", random_flip=False)
+    return cut(image, size, placement)
+
+
 @dataclass(frozen=True)
 class Framing:
     """How pictures are cut: which part of them, and whether mirrored.

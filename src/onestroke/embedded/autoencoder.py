@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from onestroke.distill.features import FeatureNetwork, load_features
 from onestroke.embedded.fit import ImagesAt, Machine, fit, stack_images
@@ -23,6 +24,14 @@ class AutoencoderRecipe:
     batch_size: int = 8
     learning_rate: float = 1e-3
     kl_weight: float = 5e-4  # per latent element, beside the per-pixel distances
+    perceptual_weight: float = 0.5
+
+
+@dataclass(frozen=True)
+class DecoderRecipe:
+    num_images: int = 40_000
+    batch_size: int = 8
+    learning_rate: float = 1.5e-3
     perceptual_weight: float = 0.5
 
 
@@ -110,6 +119,77 @@ def train_autoencoder(
     vae.cpu()
     normalise_latents(vae, [stack_images(map(images_at, range(n, n + 32))) for n in range(0, 512, 32)])
     return vae
+
+
+def decoder_loss(
+    vae: AutoencoderKL,
+    latents: Float[Tensor, "b c h w"],
+    images: Float[Tensor, "b 3 _ _"],
+    more: Float[Tensor, "b h w"],
+    *,
+    perceptual: Callable[[Tensor, Tensor], Tensor],
+) -> Float[Tensor, ""]:
+    """The distances of `autoencoder_loss`, for given latents; `more` is what each of their places counts beyond 1.
+
+    `images` in [-1, 1].
+    """
+    decoded = vae.decode(latents).sample
+    error = decoded.float() - images
+    weight = 1 + F.interpolate(more[:, None], size=images.shape[-2:])  # b 1 h w
+    return (weight * (error.abs() + error.square())).mean() + perceptual(decoded, images)
+
+
+def train_decoder(
+    vae: AutoencoderKL,
+    out: Path,
+    images_at: ImagesAt,
+    latents_at: Callable[[Tensor], Float[Tensor, "b c h w"]],
+    more_at: Callable[[Tensor], Float[Tensor, "b h w"]],
+    recipe: DecoderRecipe = DecoderRecipe(),
+    *,
+    machine: Machine = Machine(),
+    log=print,
+) -> AutoencoderKL:
+    """Train the decoder of a trained `vae` on; its latents, and all that was learnt from them, stay what they are.
+
+    By index: `images_at` gives uint8 h w 3, `latents_at` their latents' means and `more_at` what each place counts
+    beyond 1. Resumes from the checkpoint in `out`. The VAE comes back on the CPU.
+    """
+    torch.manual_seed(0)
+    vae.to(machine.device, memory_format=torch.channels_last)
+    features = load_features("efficientnet-lite0").to(machine.device)
+    spread = _posterior_std(vae, [stack_images(map(images_at, range(64)))]).to(machine.device)
+
+    def perceptual(decoded: Tensor, images: Tensor) -> Tensor:
+        return recipe.perceptual_weight * perceptual_distance(features, decoded, images)
+
+    def loss(images: Tensor, indices: Tensor, generator: torch.Generator) -> Tensor:
+        means = latents_at(indices).float()
+        noise = torch.randn(means.shape, generator=generator)
+        latents = means.to(images) + spread * noise.to(images)
+        return decoder_loss(vae, latents, images, more_at(indices).to(images), perceptual=perceptual)
+
+    fit(
+        nn.ModuleList([vae.post_quant_conv, vae.decoder]),
+        loss,
+        images_at,
+        out,
+        num_images=recipe.num_images,
+        batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        optimizer_kind="muon",
+        num_workers=machine.num_workers,
+        log=log,
+    )
+    return vae.cpu().eval()
+
+
+@torch.no_grad()
+def _posterior_std(vae: AutoencoderKL, batches: Sequence[Tensor]) -> Float[Tensor, "1 c 1 1"]:
+    """How far each channel's latents may lie from their mean, as the encoder has it."""
+    device = next(vae.parameters()).device
+    stds = torch.cat([vae.encode(images.to(device)).latent_dist.std for images in batches])
+    return stds.mean(dim=(0, 2, 3), keepdim=True)
 
 
 @torch.no_grad()

@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from onestroke.config import PretrainRecipe
 from onestroke.data.comicset.dataset import ComicSource
 from onestroke.data.comicset.vocabulary import judged_values
-from onestroke.data.framing import cut, place
+from onestroke.data.framing import centre_cut
 from onestroke.data.latents import CachedLatents, cache_latents, latent_batches
 from onestroke.data.plan import picture_at
 from onestroke.data.source import Source
 from onestroke.distill.denoising import Denoising, DenoisingSettings
 from onestroke.embedded import TEACHER, embedded_teacher
 from onestroke.embedded.architecture import build_pipeline
-from onestroke.embedded.autoencoder import AutoencoderRecipe, train_autoencoder
+from onestroke.embedded.autoencoder import AutoencoderRecipe, DecoderRecipe, train_autoencoder, train_decoder
 from onestroke.embedded.emphasis import emphasis, parts_of
 from onestroke.embedded.fit import Machine, fit, stack_images
 from onestroke.embedded.judge import (
@@ -77,6 +77,49 @@ def pretrain_vae(
         vae = train_autoencoder(out / "vae", reader, settings, machine=machine, log=log)
         vae.save_pretrained(final)
     return AutoencoderKL.from_pretrained(final)
+
+
+def pretrain_decoder(
+    out: Path,
+    source: Source,
+    cache: CachedLatents,
+    recipe: PretrainRecipe,
+    machine: Machine = Machine(),
+    *,
+    log: Callable[[str], None] = print,
+) -> AutoencoderKL:
+    """The VAE of `out/vae` with its decoder trained on, in `out/decoder`; where that is finished, loaded."""
+    final = out / "decoder" / "final"
+    if not final.exists():
+        vae = AutoencoderKL.from_pretrained(out / "vae" / "final")
+        parts = _parts_counting(out, source, cache, recipe, machine, log=log)
+
+        def rows(slots: torch.Tensor) -> list[int]:
+            return [picture_at(slot, len(cache), seed=recipe.seed) for slot in slots.tolist()]
+
+        vae = train_decoder(
+            vae,
+            out / "decoder",
+            _OfCache(source, cache, recipe.seed),
+            lambda slots: cache.latents[rows(slots)].float() / vae.config.scaling_factor,
+            lambda slots: torch.zeros(len(slots), *cache.latents.shape[-2:]) if parts is None else parts(slots),
+            DecoderRecipe(num_images=recipe.decoder_images),
+            machine=machine,
+            log=log,
+        )
+        vae.save_pretrained(final)
+    return AutoencoderKL.from_pretrained(final)
+
+
+def _vae(out: Path) -> AutoencoderKL:
+    """The VAE, with the better decoder where there is one."""
+    final = out / "decoder" / "final"
+    return AutoencoderKL.from_pretrained(final if final.exists() else out / "vae" / "final")
+
+
+def _encoder(vae: AutoencoderKL) -> str:
+    """A name for what makes a VAE's latents: decoders may change under a teacher, its latents may not."""
+    return fingerprint(vae.encoder, vae.quant_conv)
 
 
 def adopt_vae(teacher: str, out: Path) -> None:
@@ -138,7 +181,7 @@ def pretrain_latents(
 ) -> CachedLatents:
     """The latents that the teacher learns from, in `out/latents`, by the VAE in `out/vae`."""
     vae = AutoencoderKL.from_pretrained(out / "vae" / "final")
-    made_by = fingerprint(vae)
+    made_by = _encoder(vae)
     vae.to(machine.device, memory_format=torch.channels_last)
     count = min(len(source), recipe.latent_images)
     fast = fast_dtype(machine.device) != torch.float32
@@ -231,7 +274,7 @@ def pretrain_teacher(
         recipe.learning_rate, "muon", (0.9, 0.99), weight_decay=1e-2, warmup_images=3_200, decay="linear"
     )
     settings = DenoisingSettings(optimizer, ema_images=10_000, uniform_share=recipe.uniform_timesteps, seed=recipe.seed)
-    emphasis = _emphasis(out, source, cache, recipe, machine, log=log)
+    emphasis = _parts_counting(out, source, cache, recipe, machine, log=log)
     method = Denoising(
         from_pipeline(pipeline), settings, hint=_hint(source, cache, recipe, pipeline), emphasis=emphasis
     )
@@ -275,7 +318,7 @@ def _hint(
     return hint
 
 
-def _emphasis(
+def _parts_counting(
     out: Path,
     source: Source,
     cache: CachedLatents,
@@ -307,7 +350,7 @@ def _untrained(out: Path, source: Source, recipe: PretrainRecipe) -> StableDiffu
 
     Text encoders that are trained already, in `out/text`, take their place.
     """
-    vae = AutoencoderKL.from_pretrained(out / "vae" / "final")
+    vae = _vae(out)
     if recipe.start is None:
         captions = [source.caption(index) for index in range(0, len(source), max(1, len(source) // 8000))]
         pipeline = build_pipeline(vae, captions, seed=recipe.seed)
@@ -324,12 +367,13 @@ def _untrained(out: Path, source: Source, recipe: PretrainRecipe) -> StableDiffu
 
 def _started(start: str, out: Path, vae: AutoencoderKL) -> StableDiffusionXLPipeline:
     pipeline = _teacher(start)
-    if fingerprint(pipeline.vae) != fingerprint(vae):
+    if _encoder(pipeline.vae) != _encoder(vae):
         raise ModelError(
             "this teacher has another VAE",
             where=start,
             fix=f"Copy its vae folder to {out / 'vae' / 'final'}, or train in a new folder.",
         )
+    pipeline.vae.load_state_dict(vae.state_dict())
     return pipeline
 
 
@@ -361,10 +405,18 @@ class _Reader:
     seed: int
 
     def __call__(self, slot: int):
-        import numpy as np
-
         image = self.source.read(picture_at(slot, len(self.source), seed=self.seed), slot=slot).image
-        size = (self.size, self.size)
-        return cut(
-            image, size, place(image.shape[:2], size, np.random.default_rng(slot), crop="center", random_flip=False)
-        )
+        return centre_cut(image, (self.size, self.size))
+
+
+@dataclass(frozen=True)
+class _OfCache:
+    """The pictures whose latents are cached, by slot, cut as they were encoded."""
+
+    source: Source
+    cache: CachedLatents
+    seed: int
+
+    def __call__(self, slot: int):
+        index = int(self.cache.indices[picture_at(slot, len(self.cache), seed=self.seed)])
+        return centre_cut(self.source.read(index).image, self.cache.target)
