@@ -1,8 +1,13 @@
 """Which dtype computes: bfloat16 only where the hardware has it."""
 
+from copy import deepcopy
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import AutoPipelineForImage2Image, StableDiffusionXLImg2ImgPipeline
+from pipelines import tiny_sdxl
 from tiny_runs import tiny_batch, tiny_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,6 +39,27 @@ def test_a_cpu_takes_bfloat16_where_it_computes_in_it(cpu, monkeypatch):
     assert autocast_dtype("auto", "cpu") == (None if expected == torch.float32 else torch.bfloat16)
     assert make_fast(embedded_student()).unet.dtype == expected
     assert orthogonalised(torch.eye(48)[None]).dtype == expected
+
+
+def test_a_fast_pipeline_still_follows_its_weights_and_is_saved_as_what_it_is(tmp_path):
+    plain, pipeline = tiny_sdxl(), make_fast(make_fast(tiny_sdxl()).to(torch.float32)).to(torch.float32)
+    arguments = {"num_inference_steps": 1, "guidance_scale": 0.0, "output_type": "np"}
+    one, two = (p("a bob", generator=torch.Generator().manual_seed(0), **arguments).images for p in (plain, pipeline))
+    np.testing.assert_allclose(one, two, atol=1e-4)
+    pipeline.to(torch.float64)
+    assert pipeline.unet.dtype == pipeline.vae.dtype == torch.float64
+    assert pipeline._execution_device == pipeline.unet.device == torch.device("cpu")
+    pipeline.to("meta")
+    assert pipeline._execution_device == pipeline.vae.device == torch.device("meta")
+    make_fast(tiny_sdxl()).save_pretrained(tmp_path)
+    assert (tmp_path / "model_index.json").read_text() == saved_index(plain, tmp_path / "plain")
+    assert type(AutoPipelineForImage2Image.from_pipe(make_fast(tiny_sdxl()))) is StableDiffusionXLImg2ImgPipeline
+    assert deepcopy(pipeline.unet).dtype == torch.float64
+
+
+def saved_index(pipeline, folder) -> str:
+    pipeline.save_pretrained(folder)
+    return (folder / "model_index.json").read_text()
 
 
 def test_torch_without_a_list_of_features_is_asked_for_each(monkeypatch):
