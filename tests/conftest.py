@@ -1,7 +1,16 @@
 """What several test files share."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
+from onestroke import embedded
+from onestroke.commands import bench, distill, generate, pretrain
+from onestroke.data.comicset import ComicSource
+from onestroke.embedded.architecture import build_pipeline
+from onestroke.embedded.autoencoder import build_autoencoder
+from onestroke.embedded.judge import new_judge, save_judge
 from tests.browsers import CHROMIUM, FLAGS
 
 
@@ -13,3 +22,30 @@ def browser():
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield chromium
         chromium.close()
+
+
+@pytest.fixture(scope="session")
+def untrained_weights(tmp_path_factory) -> Path:
+    """The embedded models before their first step, laid out as in the package."""
+    folder = tmp_path_factory.mktemp("weights")
+    source = ComicSource(100)
+    pipeline = build_pipeline(build_autoencoder(), [source.caption(index) for index in range(len(source))])
+    pipeline.save_pretrained(folder / "teacher")
+    pipeline.unet.save_pretrained(folder / "student" / "unet")
+    save_judge(new_judge(), folder / "judge.safetensors")
+    return folder
+
+
+@pytest.fixture
+def weights(untrained_weights, monkeypatch) -> Iterator[Path]:
+    monkeypatch.setattr(embedded, "weights_folder", lambda: untrained_weights)
+    embedded.embedded_judge.cache_clear()
+    yield untrained_weights
+    embedded.embedded_judge.cache_clear()
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """Commands leave the number of threads alone, so that what they draw here is the same to the bit."""
+    for command in (bench, distill, generate, pretrain):
+        monkeypatch.setattr(command, "cap_threads", lambda: None)

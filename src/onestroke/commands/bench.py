@@ -161,7 +161,10 @@ Call = Callable[[], Output]
 
 
 def step_parts(trainer: Trainer, batch: Batch) -> dict[str, Part]:
-    """Each unavoidable part of the step as something to time alone, the five of `MAIN_PARTS` first."""
+    """Each unavoidable part of the step as something to time alone, the five of `MAIN_PARTS` first.
+
+    Decoder and feature network see two sets of pictures a step: the student's both ways, the real ones forward.
+    """
     method, dtype = trainer.method, trainer.settings.autocast
     assert isinstance(method, ADD)
 
@@ -187,29 +190,35 @@ def step_parts(trainer: Trainer, batch: Batch) -> dict[str, Part]:
 
     with as_in_the_step():
         inputs = step_inputs(method, batch)
+    again = forward(lambda: decode(inputs.x0))
+    reconstructed = [again] if method.recipe.discriminator.real == "reconstructed" else []
     main = {
         MAIN_PARTS[0]: _both_ways(
             cast(lambda: method.student(inputs.x_s, inputs.s, inputs.condition)), trained=method.players[STUDENT].module
         ),
-        MAIN_PARTS[1]: _both_ways_from(inputs.x0, decode, cast),
-        MAIN_PARTS[2]: _both_ways_from(inputs.pixels, method.features, cast),
+        MAIN_PARTS[1]: _then(_both_ways_from(inputs.x0, decode, cast), *reconstructed),
+        MAIN_PARTS[2]: _then(
+            _both_ways_from(inputs.pixels, method.features, cast), forward(lambda: method.features(inputs.pixels))
+        ),
         MAIN_PARTS[3]: forward(lambda: _guided_target(method, inputs)),
         MAIN_PARTS[4]: _optimizer_part(trainer),
     }
-    again = forward(lambda: decode(inputs.x0))
-    decoded = {"decoding the real pictures": method.recipe.discriminator.real == "reconstructed",
-               "decoding the teacher's target": method.recipe.losses.distance == "pixel"}  # fmt: skip
+    target = {"decoding the teacher's target": again} if method.recipe.losses.distance == "pixel" else {}
     return main | {
         "encoding the real pictures": forward(lambda: method.model.encode_images(inputs.images)),
         "text encoders": forward(lambda: method.model.encode_prompts(batch.captions).text),
-        "features of the real pictures": forward(lambda: method.features(inputs.pixels)),
-        **{name: again for name, is_done in decoded.items() if is_done},
+        **target,
         "heads for the student's loss": _heads_of_student(method, inputs, cast),
         "heads for their own loss": _both_ways(
             cast(lambda: method.loss(DISCRIMINATOR, inputs.rollout).total), trained=method.heads
         ),
         "clipping of gradients": _clipping_part(trainer),
     }
+
+
+def _then(first: Part, *others: Part) -> Part:
+    """`first` and what the same network does besides, timed as one."""
+    return replace(first, run=lambda: [part.run() for part in (first, *others)])
 
 
 def _guided_target(method: ADD, inputs: StepInputs) -> Tensor:

@@ -1,0 +1,45 @@
+"""`onestroke demo`: what fits into its minutes."""
+
+from __future__ import annotations
+
+import pytest
+
+from onestroke.commands import demo
+from onestroke.config import save_recipe
+from onestroke.evaluate.compare import Ways
+from onestroke.evaluate.pictures import Way
+
+
+@pytest.mark.parametrize(
+    ("seconds", "count"),
+    [(0.05, demo.DEMO_IMAGES), (0.25, 260), (0.333, 200), (2.0, demo.FEWEST_IMAGES)],  # half as many again for spread
+)
+def test_a_demo_draws_as_many_pictures_as_there_is_time_for(seconds, count):
+    assert demo.images_within(100.0, seconds) == count
+
+
+def test_a_demo_times_a_picture_by_every_way(monkeypatch):
+    clock = iter([0.0, 8.0, 10.0, 14.0, 20.0, 24.0])
+    monkeypatch.setattr(demo.time, "monotonic", lambda: next(clock))
+    drawn = []
+    way = Way("key", 1, lambda prompts, seeds: drawn.append(len(prompts)))
+    assert demo.seconds_a_picture(Ways({1: way, 4: way}, {1: way})) == 1.0  # 16 s for 16 pictures by all three
+    assert drawn == [16, 16, 16]
+
+
+def test_a_demo_with_time_has_anchors_and_one_that_goes_on_keeps_what_it_began_with(tmp_path):
+    def anchors(out, minutes: float) -> tuple[int, int]:
+        recipe = demo.demo_recipe(out, minutes=minutes, seed=3)
+        assert recipe.seed == 3
+        return recipe.anchors.count, recipe.anchors.images
+
+    assert anchors(tmp_path, 1) == (0, 0) and anchors(tmp_path, 10) == (1000, 4000)
+    for folder in ("short", "long/anchoring", "longer"):
+        (tmp_path / folder).mkdir(parents=True)
+    save_recipe(demo.demo_recipe(tmp_path, minutes=1, seed=3), tmp_path / "short" / "recipe.yaml")
+    assert anchors(tmp_path / "short", 30) == (0, 0)
+    begun = demo.demo_recipe(tmp_path, minutes=10, seed=3)
+    for folder in ("long/anchoring", "longer"):  # killed before ADD, or in it
+        save_recipe(begun, tmp_path / folder / "recipe.yaml")
+    assert anchors(tmp_path / "long", 30) == anchors(tmp_path / "longer", 30) == (1000, 4000)
+    assert demo.demo_recipe(tmp_path / "long", minutes=30, seed=3) == begun

@@ -1,0 +1,142 @@
+"""`onestroke pretrain`, stage by stage."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from safetensors.torch import load_file
+
+from onestroke.commands import pretrain
+from onestroke.config import pretrain_recipe
+from onestroke.data.comicset import write_comicset
+from onestroke.distill.denoising import Denoising
+from onestroke.embedded.autoencoder import build_autoencoder
+from onestroke.errors import CheckpointError, ModelError
+from onestroke.families.fingerprint import fingerprint
+from tests.consoles import onestroke, paper, text_of
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def tiny_pretrain(*overrides: str):
+    small = ("size=32", "vae_images=8", "judge_images=1", "decoder_images=8", "teacher_images=32")
+    return pretrain_recipe([*small, *overrides])
+
+
+def test_pretrain_of_the_users_pictures_leaves_a_teacher_and_goes_on(tmp_path):
+    write_comicset(tmp_path / "pictures", count=40, size=32, layout="webdataset")
+    pictures = str(tmp_path / "pictures" / "*.tar")
+    for minutes, expected in ((0.0, "run the same command again"), (None, "distill mini --teacher")):
+        console = paper()
+        pretrain.run_pretrain(pictures, tiny_pretrain(), minutes, tmp_path / "out", console=console)
+        assert expected in text_of(console)
+    assert (tmp_path / "out" / "teacher" / "model_index.json").exists()
+    config = json.loads((tmp_path / "out" / "teacher" / "unet" / "config.json").read_text())
+    assert 8 * config["sample_size"] == tiny_pretrain().size  # what plain diffusers draws where no size is asked for
+    assert not (tmp_path / "out" / "judge").exists()
+
+
+def test_minutes_bound_the_stages_together(monkeypatch, tmp_path):
+    calls = []
+
+    def latents(out, source, recipe, machine, *, log) -> None:
+        calls.append("latents")
+
+    def decoder(out, source, cache, recipe, machine, *, log) -> None:
+        calls.append("decoder")
+
+    def text(out, source, recipe, machine, *, minutes, observe) -> bool:
+        calls.append("text")
+        return True
+
+    def teacher(out, source, cache, recipe, machine, *, minutes, observe, log) -> bool:
+        calls.append(minutes)
+        return True
+
+    monkeypatch.setattr(pretrain, "pretrain_vae", lambda out, source, recipe, machine, *, log: calls.append("vae"))
+    monkeypatch.setattr(pretrain, "pretrain_judge", lambda out, recipe, machine, *, log: calls.append("judge"))
+    monkeypatch.setattr(pretrain, "pretrain_latents", latents)
+    monkeypatch.setattr(pretrain, "pretrain_decoder", decoder)
+    monkeypatch.setattr(pretrain, "pretrain_text", text)
+    monkeypatch.setattr(pretrain, "pretrain_teacher", teacher)
+    pretrain.run_pretrain(None, tiny_pretrain(), 10.0, tmp_path, console=paper())
+    assert calls[:5] == ["vae", "judge", "text", "latents", "decoder"] and 9.9 < calls[5] <= 10.0
+    pretrain.run_pretrain(None, tiny_pretrain(), 0.0, tmp_path, console=paper())
+    assert calls[6:] == ["vae"]
+    calls.clear()
+    monkeypatch.setattr(pretrain, "adopt_vae", lambda teacher, out: calls.append(teacher))
+    pretrain.run_pretrain(None, pretrain_recipe(["start=embedded-teacher"]), None, tmp_path, console=paper())
+    assert calls == ["embedded-teacher", "vae", "latents", None]  # no judge is of use to it, and its words are known
+
+
+def test_pretrain_goes_on_from_a_teacher_with_its_own_vae(tmp_path):
+    write_comicset(tmp_path / "pictures", count=40, size=32)
+    first, second = tmp_path / "first", tmp_path / "second"
+    pretrain.run_pretrain(str(tmp_path / "pictures"), tiny_pretrain(), None, first, console=paper())
+    again = tiny_pretrain(f"start={first / 'teacher'}")
+    pretrain.run_pretrain(str(tmp_path / "pictures"), again, None, second, console=paper())
+    before, after = (load_file(f / "teacher" / "unet" / "diffusion_pytorch_model.safetensors") for f in (first, second))
+    moved = [(before[name] - after[name]).abs().max().item() for name in before]
+    assert 0 < max(moved) < 0.1
+    taken = tiny_pretrain(f"vae={first / 'teacher'}")  # its VAE alone: the rest is new
+    pretrain.run_pretrain(str(tmp_path / "pictures"), taken, 0.0, tmp_path / "taken", console=paper())
+    one = AutoencoderKL.from_pretrained(first / "teacher", subfolder="vae")
+    other = AutoencoderKL.from_pretrained(tmp_path / "taken" / "vae" / "final")
+    assert fingerprint(one) == fingerprint(other)
+    other = tmp_path / "third"
+    build_autoencoder().save_pretrained(other / "vae" / "final")
+    with pytest.raises(ModelError, match="another VAE"):
+        pretrain.run_pretrain(str(tmp_path / "pictures"), again, None, other, console=paper())
+
+
+def test_a_new_decoder_goes_under_a_trained_teacher(tmp_path):
+    write_comicset(tmp_path / "pictures", count=40, size=32)
+    first, second = tmp_path / "first", tmp_path / "second"
+    pretrain.run_pretrain(str(tmp_path / "pictures"), tiny_pretrain("decoder_images=0"), None, first, console=paper())
+    again = tiny_pretrain(f"start={first / 'teacher'}", "teacher_images=0", "decoder_images=16")
+    pretrain.run_pretrain(str(tmp_path / "pictures"), again, None, second, console=paper())
+    before, after = (DiffusionPipeline.from_pretrained(folder / "teacher") for folder in (first, second))
+    assert fingerprint(before.unet, before.vae.encoder) == fingerprint(after.unet, after.vae.encoder)
+    latents = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        moved = (before.vae.decode(latents).sample - after.vae.decode(latents).sample).abs().max()
+    assert moved > 1e-3
+    again = tiny_pretrain(f"start={first / 'teacher'}", "teacher_images=0")  # the first one's decoder is left behind
+    pretrain.run_pretrain(str(tmp_path / "pictures"), again, None, second, console=paper())
+    kept = DiffusionPipeline.from_pretrained(second / "teacher")
+    assert fingerprint(kept.vae) == fingerprint(after.vae)
+
+
+def test_the_teachers_timesteps_are_the_recipes(monkeypatch, tmp_path):
+    shares = []
+    monkeypatch.setattr(
+        "onestroke.embedded.pretrain.Denoising",
+        lambda model, settings, **kwargs: shares.append(settings.uniform_share) or Denoising(model, settings, **kwargs),
+    )
+    write_comicset(tmp_path / "pictures", count=40, size=32)
+    recipe = tiny_pretrain("uniform_timesteps=0.6")
+    pretrain.run_pretrain(str(tmp_path / "pictures"), recipe, None, tmp_path / "out", console=paper())
+    assert shares == [0.6]
+    with pytest.raises(CheckpointError, match="uniform_timesteps: 0.6 -> 0.3"):
+        pretrain.run_pretrain(str(tmp_path / "pictures"), tiny_pretrain(), None, tmp_path / "out", console=paper())
+
+
+def test_a_stage_stops_at_the_first_saving_past_its_time():
+    times = iter([4.0, 6.0])
+    log = pretrain.stage_log("vae", 5.0, paper(), clock=lambda: next(times))
+    log("100 pictures")
+    with pytest.raises(pretrain.OutOfTime):
+        log("200 pictures")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [(("--size", "100"), "multiple of 16"), (("--set", "teacher_image=3"), "Did you mean 'teacher_images'?")],
+)
+def test_pretrain_refuses_bad_settings_in_one_line(arguments, part, monkeypatch, capsys):
+    status, _, error = onestroke("pretrain", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert status == 1 and part in error and error.count("\n") == 1
