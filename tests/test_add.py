@@ -1,28 +1,17 @@
-"""Adversarial Diffusion Distillation on tiny pipelines: who learns from what, and that it runs from end to end."""
+"""Adversarial Diffusion Distillation on tiny pipelines: who learns from what."""
 
-import subprocess
-import sys
-from copy import deepcopy
-
-import numpy as np
 import pytest
 import torch
-from diffusers import AutoPipelineForImage2Image, AutoPipelineForText2Image, DDIMScheduler
-from PIL import Image
-from pipelines import tiny_sd, tiny_sdxl
-from tiny_runs import tiny_add, tiny_batch, tiny_dinov2, tiny_recipe, tiny_trainer, write_folder
+from diffusers import DDIMScheduler
+from tiny_runs import Spy, tiny_add, tiny_batch, tiny_recipe, tiny_trainer
 from torch import nn
 
-import onestroke
 from onestroke.distill.add import ADD, DISCRIMINATOR, STUDENT
-from onestroke.distill.student import build_student, choose_timesteps
+from onestroke.distill.student import choose_timesteps
 from onestroke.distill.teacher import teacher_timesteps
-from onestroke.errors import DataError, ModelError, RecipeError
-from onestroke.export import student_pipeline
-from onestroke.families.load import from_pipeline
 from onestroke.randomness import normal, stratified
 from onestroke.sample import student_scheduler
-from onestroke.schedule import PREDICTION_TYPES, student_timesteps
+from onestroke.schedule import student_timesteps
 from onestroke.train.optimizers import Muon
 
 torch.set_num_threads(1)
@@ -48,18 +37,6 @@ def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def has_changed(module: nn.Module, before: dict[str, torch.Tensor]) -> bool:
     return any(not torch.equal(value, before[name]) for name, value in module.named_parameters())
-
-
-class Spy(nn.Module):
-    """A denoiser that keeps the timesteps and inputs that it was asked at."""
-
-    def __init__(self, denoiser: nn.Module) -> None:
-        super().__init__()
-        self.denoiser, self.asked = denoiser, []
-
-    def forward(self, x_t, t, condition):
-        self.asked.append((x_t, t))
-        return self.denoiser(x_t, t, condition)
 
 
 def count_calls(module: nn.Module) -> list[int]:
@@ -469,172 +446,3 @@ def test_every_player_steps_only_when_it_is_due():
             assert changed == (f"{name}/loss" in terms)
             stepped[name] += [step] * changed
     assert stepped == {STUDENT: [0, 2], DISCRIMINATOR: [0, 3]}
-
-
-# --- the student's kinds ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", PREDICTION_TYPES)
-def test_the_students_output_is_read_as_the_recipe_says_and_exported_so(kind):
-    method = tiny_add(f"student.prediction_type={kind}", "losses.distance=latent")
-    batch = tiny_batch(2)
-    method.student = spy = Spy(method.student)
-    rollout = method.rollout(batch, BOTH)
-    x_t, t = spy.asked[0]
-    model, unet = method.model, method.players[STUDENT].module
-    condition = model.with_sizes(model.encode_prompts(batch.captions), batch.sizes, (32, 32))
-    with torch.no_grad():
-        output = model.family.call_unet(unet, x_t, t, condition)
-    alpha = model.schedule.alphas_cumprod[t].sqrt().reshape(-1, 1, 1, 1)
-    sigma = (1 - alpha**2).sqrt()
-    expected = {"epsilon": (x_t - sigma * output) / alpha, "v_prediction": alpha * x_t - sigma * output}
-    torch.testing.assert_close(rollout.x0.detach(), expected.get(kind, output), atol=1e-9, rtol=1e-7)
-    assert student_pipeline(model, unet, prediction_type=kind).scheduler.config.prediction_type == kind
-
-
-def test_the_student_starts_as_the_teacher_itself():
-    method = tiny_add()
-    teacher, student = method.model.unet.state_dict(), method.players[STUDENT].module.state_dict()
-    assert all(torch.equal(teacher[name], student[name]) for name in teacher)
-    assert method.players[STUDENT].module is not method.model.unet
-
-
-def test_a_smaller_students_matching_blocks_are_the_teachers():
-    teacher = from_pipeline(tiny_sdxl())
-    recipe = tiny_recipe("student.unet.layers_per_block=1").student
-    student = build_student(teacher, recipe, seed=0)
-    mine, theirs = student.state_dict(), teacher.unet.state_dict()
-    assert len(mine) < len(theirs) and student.config.layers_per_block == 1
-    alike = {name for name in mine if name in theirs and mine[name].shape == theirs[name].shape}
-    assert all(torch.equal(mine[name], theirs[name]) for name in alike)
-    attention = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
-    assert {"conv_in.weight", "down_blocks.0.resnets.0.conv1.weight", attention} <= alike
-    assert len(alike) > 0.8 * len(mine)
-    assert all(p.requires_grad for p in student.parameters()) and student.training
-
-
-def test_a_random_student_is_not_the_teacher_and_its_seed_is_the_recipes():
-    teacher = from_pipeline(tiny_sdxl())
-    recipe = tiny_recipe("student.init=random").student
-    state = torch.get_rng_state()
-    one, same, other = (build_student(teacher, recipe, seed=seed) for seed in (1, 1, 2))
-    assert torch.equal(state, torch.get_rng_state())
-    assert torch.equal(one.conv_in.weight, same.conv_in.weight)
-    assert not torch.equal(one.conv_in.weight, other.conv_in.weight)
-    assert not torch.equal(one.conv_in.weight, teacher.unet.conv_in.weight)
-
-
-def test_a_unet_that_cannot_be_built_is_one_line():
-    with pytest.raises(ModelError, match="one entry per block") as caught:
-        build_student(from_pipeline(tiny_sd()), tiny_recipe("student.unet.block_out_channels=[8]").student, seed=0)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_student_can_be_continued_but_only_as_what_it_predicts(tmp_path):
-    teacher = from_pipeline(tiny_sd())
-    unet = deepcopy(teacher.unet)
-    with torch.no_grad():
-        unet.conv_in.weight.add_(1)
-    student_pipeline(teacher, unet, prediction_type="v_prediction").save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="student.prediction_type to v_prediction"):
-        build_student(teacher, tiny_recipe(f"student.source={tmp_path}").student, seed=0)
-    recipe = tiny_recipe(f"student.source={tmp_path}", "student.prediction_type=v_prediction").student
-    continued = build_student(teacher, recipe, seed=0)
-    assert torch.equal(continued.conv_in.weight, unet.conv_in.weight) and continued.conv_in.weight.requires_grad
-
-
-def test_an_epsilon_student_of_a_zero_terminal_snr_teacher_is_refused():
-    with pytest.raises(ModelError, match="zero terminal SNR"):
-        tiny_add("student.prediction_type=epsilon", kind="v_prediction", zero_snr=True)
-
-
-# --- from end to end --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture(scope="module")
-def dinov2(tmp_path_factory):
-    return tiny_dinov2(tmp_path_factory.mktemp("dinov2"))
-
-
-@pytest.mark.parametrize(("build", "kind", "zero_snr", "guidance", "features", "extra"), [
-    (tiny_sdxl, "epsilon", False, 5, "efficientnet-lite0", ()),
-    (tiny_sdxl, "v_prediction", True, 1, "dinov2-small", ("data.random_flip=true", "data.crop=random")),
-    (tiny_sd, "epsilon", False, 1, "dinov2-small", ("student.unet.layers_per_block=1", "train.precision=bfloat16")),
-    (tiny_sd, "v_prediction", True, 5, "efficientnet-lite0", ("student.gradient_checkpointing=true",)),
-    (tiny_sd, "v_prediction", True, 3, "dinov2-small", ("student.prediction_type=sample",)),
-])  # fmt: skip
-def test_a_folder_of_mixed_sizes_becomes_a_student_that_plain_diffusers_draws_with(
-    build, kind, zero_snr, guidance, features, extra, pictures, dinov2, tmp_path
-):
-    build(kind, zero_snr).save_pretrained(tmp_path / "teacher")
-    source = [f"discriminator.features_source={dinov2}"] if features == "dinov2-small" else []
-    recipe = tiny_recipe(
-        f"teacher.source={tmp_path / 'teacher'}", f"teacher.guidance=[{guidance}, {guidance}]",
-        f"data.source={pictures}", f"discriminator.features={features}", *source, "train.precision=float32",
-        "train.batch_size=3", "train.num_images=6", "student.ema_images=1", "train.sample_images=3", *extra,
-    )  # fmt: skip
-    terms = []
-    folder = onestroke.distill(recipe, tmp_path / "run", observe=lambda progress, left: terms.append(progress.terms))
-    assert len(terms) == 2 and all(np.isfinite(list(step.values())).all() for step in terms)
-    assert len(list((tmp_path / "run" / "logs" / "samples").glob("*.png"))) == 2
-
-    pipeline = AutoPipelineForText2Image.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    wanted = recipe.student.prediction_type or kind
-    assert pipeline.scheduler.config.prediction_type == wanted
-    assert bool(pipeline.scheduler.config.rescale_betas_zero_snr) == zero_snr
-    drawn = [draw(pipeline, steps) for steps in (1, 2, 4)]
-    assert all(image.shape == (1, 32, 32, 3) and np.isfinite(image).all() and image.std() > 0 for image in drawn)
-    assert not np.allclose(drawn[0], drawn[1]) and not np.allclose(drawn[1], drawn[2])
-    again = AutoPipelineForImage2Image.from_pipe(pipeline)
-    image = again(
-        "a person", image=Image.new("RGB", (32, 32), "red"), num_inference_steps=2, strength=0.5, guidance_scale=0.0,
-        generator=torch.Generator().manual_seed(0), output_type="np",
-    ).images  # fmt: skip
-    assert np.isfinite(image).all() and image.std() > 0
-
-
-def draw(pipeline, steps: int) -> np.ndarray:
-    return pipeline(
-        "a person", num_inference_steps=steps, guidance_scale=0.0, height=32, width=32,
-        generator=torch.Generator().manual_seed(0), output_type="np",
-    ).images  # fmt: skip
-
-
-def test_distill_stays_callable_when_the_package_of_that_name_has_been_imported():
-    code = "import onestroke; import onestroke.distill.losses; import sys; sys.exit(not callable(onestroke.distill))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_a_size_that_the_model_cannot_draw_is_refused_before_anything_runs(pictures, tmp_path):
-    tiny_sd().save_pretrained(tmp_path / "teacher")
-    recipe = tiny_recipe(f"teacher.source={tmp_path / 'teacher'}", f"data.source={pictures}", "data.size=36")
-    with pytest.raises(RecipeError, match=r"data\.size: 36 pixels do not divide by 8\. Set it to 32"):
-        onestroke.distill(recipe, tmp_path / "run")
-
-
-def test_broken_pictures_are_reported_and_too_many_stop_the_run(pictures, tmp_path, caplog):
-    folder = write_folder(tmp_path / "pictures")
-    (folder / "0.png").write_bytes(b"broken")
-    tiny_sd().save_pretrained(tmp_path / "teacher")
-    lines = [f"teacher.source={tmp_path / 'teacher'}", f"data.source={folder}", "train.precision=float32",
-             "train.num_images=12", "losses.distill_weight=0"]  # fmt: skip
-    with pytest.raises(DataError, match="broken"):
-        onestroke.distill(tiny_recipe(*lines, "data.max_broken_share=0"), tmp_path / "strict")
-    assert onestroke.distill(tiny_recipe(*lines, "data.max_broken_share=0.9"), tmp_path / "lenient").is_dir()
-    assert "1 of" in caplog.text and "0.png" in caplog.text
-
-
-def test_some_steps_bring_the_student_nearer_to_its_teacher():
-    """Adversarial term off, one noise level: the distillation loss on the same pictures falls."""
-    trainer = tiny_trainer(
-        "losses.adversarial_weight=0", "student.num_timesteps=1", "student.prediction_type=v_prediction",
-        "discriminator_optimizer.every=1000",
-    )  # fmt: skip
-    curve = [trainer._step(tiny_batch(2))["student/distillation"] for _ in range(8)]
-    assert curve[-1] < 0.8 * curve[0]

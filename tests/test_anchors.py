@@ -9,10 +9,10 @@ from itertools import chain
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from duels import assert_identical
 from pipelines import tiny_sdxl
 from rank_runs import in_ranks
-from test_trainer import assert_identical
 from tiny_runs import endless, tiny_add, tiny_batch, tiny_dinov2, tiny_recipe, write_folder
 
 from onestroke.api import distill
@@ -20,7 +20,7 @@ from onestroke.build import add_trainer, source_of, teacher_of
 from onestroke.config import Recipe, StudentRecipe
 from onestroke.distill.add import STUDENT
 from onestroke.distill.anchors import MOST, ROUND, Anchoring, Anchors, Drawn, anchor_loss, anchored, draw_anchors
-from onestroke.errors import DataError, RecipeError
+from onestroke.errors import CheckpointError, DataError, RecipeError
 from onestroke.families.load import from_pipeline
 from onestroke.train.anchoring import SHARD_PICTURES, anchor_batches, anchors_of
 from onestroke.train.checkpoint import load_newest
@@ -286,6 +286,34 @@ def test_add_begins_with_what_the_anchors_taught(recipe, tmp_path):
     assert taught < 0.7 * began and ended < 0.9 * began
 
 
+def test_the_exported_student_keeps_its_share_of_what_the_anchors_left(recipe, tmp_path):
+    kept = changed(recipe, kept=0.25)
+    distill(kept, tmp_path / "run", minutes=0)
+    distill(kept, tmp_path / "run")
+    before = load_newest(tmp_path / "run" / "anchoring" / "checkpoints")["players"]["student"]
+    after = load_newest(tmp_path / "run" / "checkpoints")["averages"]["student"]
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    for name, weight in exported_weights(tmp_path / "run").items():
+        torch.testing.assert_close(weight.double(), 0.25 * before[name] + 0.75 * after[name], rtol=1e-5, atol=1e-7)
+    (tmp_path / "run" / "anchoring" / "student.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="the weights that the anchors left are gone"):
+        distill(kept, tmp_path / "run")
+
+
+def test_a_split_student_keeps_its_share_too(recipe, tmp_path):
+    kept = changed(recipe, kept=0.25)
+    split = kept.model_copy(update={"train": kept.train.model_copy(update={"parallel": "fsdp"})})
+    in_ranks(_distilled, 2, split, tmp_path / "two")
+    distill(kept, tmp_path / "one")
+    one, two = (exported_weights(tmp_path / name) for name in ("one", "two"))
+    for name, weight in one.items():
+        torch.testing.assert_close(weight, two[name], rtol=1e-5, atol=1e-6)
+
+
+def exported_weights(run) -> dict[str, torch.Tensor]:
+    return UNet2DConditionModel.from_pretrained(run / "student" / "unet").state_dict()
+
+
 def _distilled(recipe: Recipe, out) -> None:
     distill(recipe, out)
 
@@ -321,6 +349,12 @@ def test_anchors_may_come_at_other_timesteps_than_the_pictures():
 def test_what_cannot_be_is_refused():
     with pytest.raises(RecipeError, match="can be learnt only from a count of anchors"):
         tiny_recipe("anchors.images=10")
+    with pytest.raises(RecipeError, match="anchors.kept is a share of what anchors.images pictures left"):
+        tiny_recipe("anchors.count=10", "anchors.kept=0.5")
+    with pytest.raises(RecipeError, match="anchors.kept mixes whole weights: set it to 0 for an adapter"):
+        tiny_recipe(
+            "anchors.count=10", "anchors.steps=8", "anchors.images=8", "anchors.kept=0.5", "student.lora.rank=2"
+        )
     with pytest.raises(RecipeError, match="anchors are of one size: set data.buckets to none"):
         tiny_recipe("anchors.count=10", "data.buckets=computed")
     with pytest.raises(RecipeError, match="anchors.steps is no multiple of student.num_timesteps: set it to 12"):

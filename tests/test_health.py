@@ -7,8 +7,8 @@ import logging
 import numpy as np
 import pytest
 import torch
+from duels import duel, run, slots
 from pipelines import tiny_sdxl
-from test_trainer import duel, run, slots
 from tiny_runs import tiny_trainer
 
 from onestroke.errors import TrainingAlarm

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoPipelineForText2Image
+from duels import assert_identical
 from pipelines import tiny_sdxl
 from rank_runs import in_ranks
-from test_trainer import assert_identical
 from tiny_runs import tiny_dinov2, tiny_recipe, write_folder
 
 from onestroke.api import distill

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from test_trainer import assert_identical, copied
+from duels import assert_identical, copied
 from tiny_runs import endless, tiny_add, tiny_batch
 from torch.utils.flop_counter import FlopCounterMode
 

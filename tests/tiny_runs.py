@@ -116,3 +116,15 @@ def write_folder(folder: Path, *, rounds: int = 1) -> Path:
         lines.append(json.dumps({"file_name": f"{i}.png", "text": f"picture number {i}"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     return folder
+
+
+class Spy(nn.Module):
+    """A denoiser that keeps the timesteps and inputs that it was asked at."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        super().__init__()
+        self.denoiser, self.asked = denoiser, []
+
+    def forward(self, x_t, t, condition):
+        self.asked.append((x_t, t))
+        return self.denoiser(x_t, t, condition)
