@@ -33,7 +33,7 @@ from onestroke.export import export_folder, student_pipeline
 from onestroke.families.model import DiffusionModel
 from onestroke.lora import factors_of, merge_lora, save_lora
 from onestroke.sample import make_fast
-from onestroke.train.anchoring import anchors_of, learn_anchors
+from onestroke.train.anchoring import anchors_of, learn_anchors, weights_after_anchors
 from onestroke.train.evaluation import BEST, Evaluation, Tell, baseline_of
 from onestroke.train.folder import check_recipe
 from onestroke.train.ranks import check_same, joined, num_ranks, rank
@@ -109,6 +109,8 @@ def _distil(
         is_ready = learn_anchors(trainer, anchors, recipe, out, minutes=_minutes_to(deadline), tell=tell)
     if not is_ready:
         return export_student(trainer, teacher, recipe, out / "student")
+    if recipe.anchors.kept:
+        trainer.mix_in(STUDENT, weights_after_anchors(trainer, out), recipe.anchors.kept)
     encoded = encoded_of(recipe, source, trainer.method)
     pictures = identity_of(source, size) if isinstance(source, StoredSource) else {}
     check_same(

@@ -52,6 +52,8 @@ def _before(recipe: Recipe) -> str:
     before = ""
     if recipe.anchors.images:
         before += f", after {recipe.anchors.images:,} showings of {recipe.anchors.count:,} that the teacher had drawn"
+        if recipe.anchors.kept:
+            before += f" ({recipe.anchors.kept:.0%} of each weight is from then)"
     if recipe.student.source:
         before += f", beginning from the student `{recipe.student.source}`"
     return before

@@ -148,11 +148,14 @@ class AnchorRecipe(Section):
     weight: float = Field(5.0, ge=0)  # beside ADD: of the distance between latents
     emphasis: float = Field(1.0, ge=0)  # of the places that words moved last, beside the whole picture's weight
     timestep_weights: tuple[float, ...] | None = None  # as the student's, for anchors; None: the student's
+    kept: float = Field(0.0, ge=0, lt=1)  # share that the weights before ADD have in those that are exported
 
     @model_validator(mode="after")
     def _some_to_learn_from(self):
         if self.images and not self.count:
             raise ValueError("anchors.images pictures can be learnt only from a count of anchors")
+        if self.kept and not self.images:
+            raise ValueError("anchors.kept is a share of what anchors.images pictures left, and there are none")
         return self
 
 
@@ -235,6 +238,8 @@ class Recipe(Section):
             raise ValueError(
                 f"anchors.steps is no multiple of student.num_timesteps: set it to {stations * (1 + steps // stations)}"
             )
+        if self.anchors.kept and self.student.lora:
+            raise ValueError("anchors.kept mixes whole weights: set it to 0 for an adapter (student.lora)")
         return self
 
 
@@ -246,9 +251,7 @@ class PretrainRecipe(Section):
     judge_images: int = Field(110_000, ge=1)
     text_captions: int = Field(40_000, ge=0)  # of comicset: what the text encoders learn words from; with `start`: 0
     latent_images: int = Field(50_000, ge=1)  # encoded once and shown again and again, under new captions
-    decoder_images: int = Field(
-        40_000, ge=0
-    )  # for the VAE's decoder alone, small parts counting; with `start` or `vae`: 0
+    decoder_images: int = Field(24_000, ge=0)  # of the VAE's decoder alone; with `start` or `vae`: 0
     teacher_images: int = Field(200_000, ge=0)  # 0: what goes before the teacher, which stays as it is
     batch_size: int = Field(32, ge=1)  # of the teacher
     learning_rate: float = Field(3e-3, gt=0)  # of the teacher, by Muon

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import yaml
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from onestroke.config import Recipe
@@ -19,7 +20,7 @@ from onestroke.data.plan import picture_at
 from onestroke.data.source import Source
 from onestroke.distill.add import STUDENT
 from onestroke.distill.anchors import STREAM, Anchoring, Anchors, Drawn, anchored, draw_anchors
-from onestroke.errors import DataError
+from onestroke.errors import CheckpointError, DataError
 from onestroke.families.fingerprint import fingerprint
 from onestroke.families.model import DiffusionModel
 from onestroke.precision import autocast_dtype
@@ -169,6 +170,24 @@ def learn_anchors(
     if STUDENT in trainer.averages:
         trainer.averages[STUDENT].load_state_dict(player.module.state_dict())
     return finished
+
+
+def weights_after_anchors(trainer: Trainer, out: Path) -> Mapping[str, Tensor]:
+    """The student's weights as `learn_anchors` left them, from `out/anchoring`; put there before ADD begins.
+
+    Every process has to call this; all but the first get nothing.
+    """
+    path = out / "anchoring" / "student.safetensors"
+    (is_missing,) = any_rank(rank() == 0 and not path.exists())
+    if is_missing:
+        if from_first(list_checkpoints(out / "checkpoints") if rank() == 0 else []):
+            raise CheckpointError(
+                "the weights that the anchors left are gone", where=str(path), fix="Set anchors.kept to 0."
+            )
+        weights = trainer.whole(STUDENT, average=False)
+        if weights is not None:
+            write_tensors(path, dict(weights.named_parameters()), what="the weights that the anchors left")
+    return load_file(path) if rank() == 0 else {}
 
 
 def anchor_batches(anchors: Anchors, first_slot: int, last_slot: int, batch_size: int) -> Iterator[Batch]:

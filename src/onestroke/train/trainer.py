@@ -63,6 +63,7 @@ class Trainer:
         self.optimizers = {
             name: build_optimizer(player.module, player.optimizer) for name, player in method.players.items()
         }
+        self.earlier: dict[str, tuple[Mapping[str, Tensor], float]] = {}
         self.averages = {
             name: self._copy(name, player.module).requires_grad_(False)
             for name, player in method.players.items()
@@ -194,12 +195,23 @@ class Trainer:
     def whole(self, name: str, *, average: bool) -> nn.Module | None:
         """A player, or its average, with all its weights, to draw with or export; None in all processes but the first.
 
-        Every process has to call this. A sharded player comes as a copy on the CPU.
+        Every process has to call this. A sharded player comes as a copy on the CPU, and so does an average that earlier
+        weights are mixed with.
         """
         module = self.averages[name] if average else self.method.players[name].module
         if name in self.outlines:
-            return gathered(module, self.outlines[name])
-        return module if rank() == 0 else None
+            module = gathered(module, self.outlines[name])
+        if rank() != 0:
+            return None
+        return _mixed(module, *self.earlier[name]) if average and name in self.earlier else module
+
+    def mix_in(self, name: str, earlier: Mapping[str, Tensor], share: float) -> None:
+        """From now on a player's average is drawn with and exported as `share` of `earlier`, its weights of once.
+
+        What was learnt first and half forgotten comes back, and what came after hardly suffers: between the ends of one
+        training the loss has no hill (WiSE-FT, arXiv 2109.01903). Training itself goes on without.
+        """
+        self.earlier[name] = (earlier, share)
 
 
 def learning_rate(settings: OptimizerSettings, images: int, num_images: int) -> float:
@@ -216,6 +228,14 @@ def learning_rate(settings: OptimizerSettings, images: int, num_images: int) -> 
 def ema_decay(half_life: float, images: int, step_images: int) -> float:
     """Decay per step for an average with `half_life` pictures, shorter early on (a twentieth of those seen)."""
     return 0.5 ** (step_images / max(min(half_life, 0.05 * images), 1e-8))
+
+
+@torch.no_grad()
+def _mixed(module: nn.Module, earlier: Mapping[str, Tensor], share: float) -> nn.Module:
+    mixed = deepcopy(module).cpu()
+    for name, parameter in mixed.named_parameters():
+        parameter.lerp_(earlier[name].to(parameter), share)
+    return mixed
 
 
 @torch.no_grad()
