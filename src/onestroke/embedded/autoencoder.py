@@ -29,7 +29,7 @@ class AutoencoderRecipe:
 
 @dataclass(frozen=True)
 class DecoderRecipe:
-    num_images: int = 40_000
+    num_images: int = 24_000
     batch_size: int = 8
     learning_rate: float = 1.5e-3
     perceptual_weight: float = 0.5
