@@ -63,7 +63,9 @@ def test_a_machine_that_cannot_compile_is_told_in_one_line(monkeypatch):
     with pytest.raises(ResourceError, match="nothing is compiled for mps devices"):
         check_compiler(torch.device("mps"), where="train.compile")
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(ResourceError, match=r"needs a C\+\+ compiler") as caught:
+    with (  # pytest's monkeypatch would leave the option hidden from the tests after this one
+        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(ResourceError, match=r"needs a C\+\+ compiler") as caught,
+    ):
         check_compiler(torch.device("cpu"), where="train.compile")
     assert "g++" in str(caught.value) and "\n" not in str(caught.value)

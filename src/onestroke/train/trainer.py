@@ -195,8 +195,8 @@ class Trainer:
     def whole(self, name: str, *, average: bool) -> nn.Module | None:
         """A player, or its average, with all its weights, to draw with or export; None in all processes but the first.
 
-        Every process has to call this. A sharded player comes as a copy on the CPU, and so does an average that earlier
-        weights are mixed with.
+        Every process has to call this. A sharded player comes as a copy on the CPU, and so does an average with which
+        earlier weights are mixed.
         """
         module = self.averages[name] if average else self.method.players[name].module
         if name in self.outlines:
