@@ -75,7 +75,7 @@ def pretrain_vae(
         reader = _Reader(source, recipe.size, recipe.seed)
         settings = AutoencoderRecipe(num_images=recipe.vae_images)
         vae = train_autoencoder(out / "vae", reader, settings, machine=machine, log=log)
-        vae.save_pretrained(final)
+        _save(vae, final)
     return AutoencoderKL.from_pretrained(final)
 
 
@@ -107,8 +107,15 @@ def pretrain_decoder(
             machine=machine,
             log=log,
         )
-        vae.save_pretrained(final)
+        _save(vae, final)
     return AutoencoderKL.from_pretrained(final)
+
+
+def _save(vae: AutoencoderKL, final: Path) -> None:
+    """Whole or not at all."""
+    saving = final.with_name("saving")
+    vae.save_pretrained(saving)
+    saving.replace(final)
 
 
 def _vae(out: Path) -> AutoencoderKL:
@@ -126,7 +133,7 @@ def adopt_vae(teacher: str, out: Path) -> None:
     """Put this teacher's VAE in `out/vae`, unless there is one."""
     final = out / "vae" / "final"
     if not final.exists():
-        _teacher(teacher).vae.save_pretrained(final)
+        _save(_teacher(teacher).vae, final)
 
 
 def _teacher(name: str) -> DiffusionPipeline:
