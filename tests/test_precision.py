@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoPipelineForImage2Image, StableDiffusionXLImg2ImgPipeline
+from diffusers import AutoPipelineForImage2Image, DiffusionPipeline, ModelMixin, StableDiffusionXLImg2ImgPipeline
 from pipelines import tiny_sdxl
 from tiny_runs import tiny_batch, tiny_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from onestroke.embedded import embedded_student
 from onestroke.precision import autocast_dtype, cpu_has_bfloat16, fast_dtype, training_attention
-from onestroke.sample import make_fast
+from onestroke.sample import draw, make_fast
 from onestroke.train.optimizers import orthogonalised
 
 
@@ -56,6 +56,15 @@ def test_a_fast_pipeline_still_follows_its_weights_and_is_saved_as_what_it_is(tm
     assert (tmp_path / "model_index.json").read_text() == saved_index(plain, tmp_path / "plain")
     assert type(AutoPipelineForImage2Image.from_pipe(make_fast(tiny_sdxl()))) is StableDiffusionXLImg2ImgPipeline
     assert deepcopy(pipeline.unet).dtype == torch.float64
+
+
+def test_a_fast_pipeline_is_not_searched_for_offloading_hooks(monkeypatch):
+    pipeline = make_fast(tiny_sdxl())
+    searched = property(lambda self: pytest.fail(f"{type(self).__name__} was searched"))
+    monkeypatch.setattr(DiffusionPipeline, "_execution_device", searched)
+    for name in ("device", "dtype"):
+        monkeypatch.setattr(ModelMixin, name, searched)
+    draw(pipeline, ["a bob"], seeds=[0], steps=1, guidance=0.0)
 
 
 def saved_index(pipeline, folder) -> str:

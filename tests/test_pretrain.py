@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
@@ -11,9 +12,13 @@ from safetensors.torch import load_file
 
 from onestroke.commands import pretrain
 from onestroke.config import pretrain_recipe
-from onestroke.data.comicset import write_comicset
+from onestroke.data.comicset import ComicSource, write_comicset
+from onestroke.data.latents import CachedLatents
+from onestroke.data.plan import picture_at
 from onestroke.distill.denoising import Denoising
 from onestroke.embedded.autoencoder import build_autoencoder
+from onestroke.embedded.emphasis import small_parts
+from onestroke.embedded.pretrain import pretrain_decoder
 from onestroke.errors import CheckpointError, ModelError
 from onestroke.families.fingerprint import fingerprint
 from tests.consoles import onestroke, paper, text_of
@@ -109,6 +114,23 @@ def test_a_new_decoder_goes_under_a_trained_teacher(tmp_path):
     pretrain.run_pretrain(str(tmp_path / "pictures"), again, None, second, console=paper())
     kept = DiffusionPipeline.from_pretrained(second / "teacher")
     assert fingerprint(kept.vae) == fingerprint(after.vae)
+
+
+def test_what_is_small_counts_more_to_the_decoder(monkeypatch, tmp_path):
+    build_autoencoder().save_pretrained(tmp_path / "vae" / "final")
+    source, sizes = ComicSource(6), torch.zeros(6, 4)
+    cache = CachedLatents(torch.randn(6, 8, 16, 16), torch.arange(6), sizes, (128, 128))
+    given = []
+    monkeypatch.setattr("onestroke.embedded.pretrain.train_decoder", lambda vae, *a, **b: given.append(a) or vae)
+    pretrain_decoder(tmp_path, source, cache, pretrain_recipe(["emphasis=0.5"]), log=lambda line: None)
+    (_, images_at, latents_at, more_at, _), slots = given[0], torch.arange(6)
+    rows = [picture_at(slot, 6, seed=0) for slot in range(6)]
+    torch.testing.assert_close(latents_at(slots) * build_autoencoder().config.scaling_factor, cache.latents[rows])
+    assert all(np.array_equal(images_at(slot), source.read(row).image) for slot, row in enumerate(rows))
+    for row, more in zip(rows, more_at(slots), strict=True):
+        parts = torch.from_numpy(small_parts(source.character(row), size=128, cells=16))
+        assert torch.equal(more > 0, parts)
+    assert more_at(slots).sum() > 0
 
 
 def test_the_teachers_timesteps_are_the_recipes(monkeypatch, tmp_path):

@@ -81,6 +81,11 @@ def perceptual_distance(features: FeatureNetwork, one: Tensor, two: Tensor) -> T
     ).mean()
 
 
+def _perceptual(weight: float, machine: Machine) -> Callable[[Tensor, Tensor], Tensor]:
+    features = load_features("efficientnet-lite0").to(machine.device)
+    return lambda decoded, images: weight * perceptual_distance(features, decoded, images)
+
+
 def train_autoencoder(
     out: Path,
     images_at: ImagesAt,
@@ -95,10 +100,7 @@ def train_autoencoder(
     """
     torch.manual_seed(0)
     vae = build_autoencoder().to(machine.device, memory_format=torch.channels_last)
-    features = load_features("efficientnet-lite0").to(machine.device)
-
-    def perceptual(decoded: Tensor, images: Tensor) -> Tensor:
-        return recipe.perceptual_weight * perceptual_distance(features, decoded, images)
+    perceptual = _perceptual(recipe.perceptual_weight, machine)
 
     def loss(images: Tensor, indices: Tensor, generator: torch.Generator) -> Tensor:
         side = images.shape[-1] // 8
@@ -157,11 +159,8 @@ def train_decoder(
     """
     torch.manual_seed(0)
     vae.to(machine.device, memory_format=torch.channels_last)
-    features = load_features("efficientnet-lite0").to(machine.device)
+    perceptual = _perceptual(recipe.perceptual_weight, machine)
     spread = _posterior_std(vae, [stack_images(map(images_at, range(64)))]).to(machine.device)
-
-    def perceptual(decoded: Tensor, images: Tensor) -> Tensor:
-        return recipe.perceptual_weight * perceptual_distance(features, decoded, images)
 
     def loss(images: Tensor, indices: Tensor, generator: torch.Generator) -> Tensor:
         means = latents_at(indices).float()

@@ -182,7 +182,7 @@ def weights_after_anchors(trainer: Trainer, out: Path) -> Mapping[str, Tensor]:
     if is_missing:
         if from_first(list_checkpoints(out / "checkpoints") if rank() == 0 else []):
             raise CheckpointError(
-                "the weights that the anchors left are gone", where=str(path), fix="Set anchors.kept to 0."
+                "the weights that the anchors left are not there", where=str(path), fix="Set anchors.kept to 0."
             )
         weights = trainer.whole(STUDENT, average=False)
         if weights is not None:

@@ -15,6 +15,7 @@ FREE = frozenset({  # keys that change nothing that is learnt, beyond the roundi
     "train.parallel", "train.micro_batch_size", "train.device", "train.checkpoint_minutes", "train.keep_checkpoints",
     "train.sample_images", "train.evaluate_images", "train.evaluate_count", "train.evaluate_features",
     "train.on_alarm", "train.compile", "student.gradient_checkpointing", "data.num_workers",
+    "anchors.kept",
 })  # fmt: skip
 
 
