@@ -1,12 +1,17 @@
 """What several test files share."""
 
+import os
+
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # before torch is there, and for commands too: what is computed is the same to the bit
+)
+
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from onestroke import embedded
-from onestroke.commands import bench, distill, generate, pretrain
 from onestroke.data.comicset import ComicSource
 from onestroke.embedded.architecture import build_pipeline
 from onestroke.embedded.autoencoder import build_autoencoder
@@ -42,10 +47,3 @@ def weights(untrained_weights, monkeypatch) -> Iterator[Path]:
     embedded.embedded_judge.cache_clear()
     yield untrained_weights
     embedded.embedded_judge.cache_clear()
-
-
-@pytest.fixture
-def one_thread(monkeypatch):
-    """Commands leave the number of threads alone, so that what they draw here is the same to the bit."""
-    for command in (bench, distill, generate, pretrain):
-        monkeypatch.setattr(command, "cap_threads", lambda: None)

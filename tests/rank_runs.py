@@ -79,7 +79,6 @@ def outcomes(
 def _run(
     function: Callable, arguments: tuple, number: int, count: int, variables: Mapping[str, str], path: Path
 ) -> None:
-    torch.set_num_threads(1)
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count), **variables}
     try:
         if number > 0:

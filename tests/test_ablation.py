@@ -323,7 +323,6 @@ class Machine:
         prompts = SimpleNamespace(texts=tuple(f"a fox {i}" for i in range(len(reference))))
         yardstick = Yardstick(None, prompts, reference, scores_of(reference, 0.1))
         monkeypatch.setattr(Yardstick, "stamp", "judge")
-        monkeypatch.setattr(ablate, "cap_threads", lambda: None)
         monkeypatch.setattr(ablate, "make_yardstick", lambda judge, count, cache: yardstick)
         monkeypatch.setattr(ablate, "distill", self.distill)
         monkeypatch.setattr(ablate, "load", str)
@@ -435,7 +434,6 @@ def test_the_command_line_makes_the_study_and_the_line_that_makes_it_again(tmp_p
 
 
 def test_a_tiny_run_ends_in_a_table(tmp_path, monkeypatch):
-    monkeypatch.setattr(ablate, "cap_threads", lambda: None)
     pipeline = tiny_sdxl()
     pipeline.unet.register_to_config(sample_size=32)  # 128 px
     pipeline.save_pretrained(tmp_path / "teacher")

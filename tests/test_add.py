@@ -14,8 +14,6 @@ from onestroke.sample import student_scheduler
 from onestroke.schedule import student_timesteps
 from onestroke.train.optimizers import Muon
 
-torch.set_num_threads(1)
-
 BOTH = frozenset({STUDENT, DISCRIMINATOR})
 
 

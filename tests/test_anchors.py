@@ -27,8 +27,6 @@ from onestroke.train.checkpoint import load_newest
 from onestroke.train.method import OptimizerSettings
 from onestroke.train.trainer import Trainer, TrainSettings
 
-torch.set_num_threads(1)
-
 
 def some_anchors(count: int = 5, *, side: int = 8) -> Anchors:
     path = torch.randn(count, 4, 4, side, side, generator=torch.Generator().manual_seed(3)).half()

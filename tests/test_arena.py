@@ -318,7 +318,6 @@ def paper() -> Console:
 
 def test_the_command_draws_takes_votes_and_prints_what_they_say(tmp_path, monkeypatch, capsys):
     (tmp_path / "prompts.txt").write_text("a fox\na hare\n")
-    monkeypatch.setattr(arena, "cap_threads", lambda: None)
     monkeypatch.setattr(arena, "load", lambda name: tiny_sdxl())
 
     def serve(session, listener):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from onestroke import embedded
 from onestroke.commands import bench
@@ -12,9 +11,6 @@ from onestroke.evaluate.drawing import contenders, time_parts
 from onestroke.evaluate.latency import PartTimer, measure_latency
 from tests.consoles import paper, text_of
 from tests.pipelines import tiny_sdxl
-
-torch.set_num_threads(1)
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_bench_times_the_step_and_its_parts_and_leaves_the_player_trainable(weights, monkeypatch):

@@ -19,7 +19,6 @@ from onestroke.evaluate.scored import Networks
 from onestroke.sample import draw, make_fast
 
 CPU = torch.device("cpu")
-torch.set_num_threads(1)
 
 
 NUM_PICTURES, NUM_VARIED = 40, 20

@@ -20,8 +20,6 @@ from onestroke.errors import DataError, RecipeError
 from onestroke.families.load import from_pipeline
 from onestroke.train.trainer import Trainer, TrainSettings
 
-torch.set_num_threads(1)
-
 
 @dataclass(frozen=True)
 class Shapes:

@@ -14,8 +14,6 @@ from onestroke.train import checkpoint
 from onestroke.train.checkpoint import list_checkpoints, load_newest, save_checkpoint
 from onestroke.train.writer import CheckpointWriter
 
-torch.set_num_threads(1)
-
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     run(duel(), tmp_path, keep_checkpoints=2)

@@ -12,9 +12,9 @@ import torch
 
 from onestroke import cli
 from onestroke.commands import generate
+from onestroke.commands.quiet import cap_threads
 from onestroke.errors import OnestrokeError
 
-torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
 
 
@@ -35,6 +35,29 @@ def test_the_command_exits_with_one_line_and_status_1(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
     assert result.returncode == 1 and result.stdout == ""
     assert result.stderr.startswith("onestroke: ") and result.stderr.count("\n") == 1 and "--teacher" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "before", "threads"),
+    [
+        ({}, 1, 4),
+        ({}, 9, 4),
+        ({"OMP_NUM_THREADS": "3"}, 3, 3),
+        ({"OMP_NUM_THREADS": "9"}, 9, 4),
+        ({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}, 1, 2),  # torchrun's own 1
+    ],
+)
+def test_threads_are_as_many_as_the_cores_and_fewer_where_the_user_says_so(variables, before, threads, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2, 3})
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    torch.set_num_threads(before)
+    try:
+        cap_threads()
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_errors_of_commands_are_the_users_kind():

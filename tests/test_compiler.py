@@ -13,7 +13,6 @@ from onestroke.compiler import check_compiler
 from onestroke.errors import ResourceError
 from onestroke.train.folder import FREE
 
-torch.set_num_threads(1)
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="PyTorch compiles for a CPU by g++")
 
 LINES = ("train.batch_size=4", "train.num_images=12", "data.size=16", "losses.r1_every=2", "losses.r1_gamma=1",

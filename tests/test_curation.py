@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
-import torch
 from known_curation import curation_benchmark
 from PIL import Image, ImageOps
 from rich.console import Console
@@ -31,8 +30,6 @@ from onestroke.data.curation.recipe import CurationRecipe
 from onestroke.data.curation.run import curate
 from onestroke.data.facts import measured_sizes
 from onestroke.errors import CheckpointError, DataError, RecipeError, ResourceError
-
-torch.set_num_threads(1)
 
 
 def recipe(**sections):

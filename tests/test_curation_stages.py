@@ -24,8 +24,6 @@ from onestroke.data.curation.recipe import CaptionStage, CurationRecipe, Recapti
 from onestroke.data.curation.scoring import load_scorer
 from onestroke.errors import ModelError, RecipeError
 
-torch.set_num_threads(1)
-
 
 def packed(image, kind="PNG", **options):
     page = io.BytesIO()

@@ -16,8 +16,6 @@ from onestroke.embedded.fit import stack_images
 from onestroke.errors import ModelError, RecipeError
 from onestroke.families.load import from_pipeline
 
-torch.set_num_threads(1)
-
 BOTH = frozenset({STUDENT, DISCRIMINATOR})
 
 

@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from onestroke.distill.discriminator import Discriminator, Head, SpectralConv, circular_pad
 from onestroke.distill.losses import adversarial_loss, hinge_loss, r1_features, r1_penalty
 
-torch.set_num_threads(1)
-
 WIDTHS = (16, 24)
 
 

@@ -14,8 +14,6 @@ from tiny_runs import tiny_batch, tiny_dinov2, tiny_recipe, tiny_trainer, write_
 import onestroke
 from onestroke.errors import DataError, RecipeError
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):

@@ -16,9 +16,6 @@ from onestroke.train.trainer import Progress
 from tests.consoles import paper, text_of
 from tests.pipelines import tiny_sd, tiny_sdxl
 
-torch.set_num_threads(1)
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_a_teacher_without_a_recipe_gets_its_familys_at_its_own_size(tmp_path):
     for name, pipeline, recipe in (("xl", tiny_sdxl(), "sdxl-anime"), ("sd", tiny_sd(), "sd15")):

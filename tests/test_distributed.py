@@ -23,8 +23,6 @@ from onestroke.errors import RecipeError
 from onestroke.train.checkpoint import list_checkpoints
 from onestroke.train.ranks import check_same, num_ranks, rank, share_of, wait_for_all
 
-torch.set_num_threads(1)
-
 TWENTY_STEPS = (
     "train.batch_size=4", "train.num_images=80", "data.size=24", "data.buckets=computed", "losses.r1_gamma=0.1",
     "discriminator_optimizer.every=2",

@@ -11,8 +11,6 @@ from onestroke import embedded
 from onestroke.commands import doctor
 from tests.consoles import paper, text_of
 
-torch.set_num_threads(1)
-
 
 def test_doctor_names_what_is_missing_and_how_to_get_it(monkeypatch, tmp_path):
     monkeypatch.setattr(embedded, "weights_folder", lambda: tmp_path)

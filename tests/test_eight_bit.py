@@ -13,7 +13,6 @@ from onestroke.train.eight_bit import BYTES, AdamW8bit
 from onestroke.train.method import OptimizerSettings
 from onestroke.train.optimizers import build_optimizer
 
-torch.set_num_threads(1)
 pytest.importorskip("torchao")
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torchao's step is compiled, which needs g++")
 

@@ -22,7 +22,6 @@ from onestroke.distill.features import FeatureNetwork
 from onestroke.errors import CheckpointError, DataError, RecipeError, ResourceError
 from onestroke.families.model import DiffusionModel
 
-torch.set_num_threads(1)
 SHAPES = ((64, 40), (60, 40), (66, 41), (40, 60), (44, 66), (40, 58), (48, 48), (50, 50))  # height, width
 
 

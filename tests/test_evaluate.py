@@ -24,7 +24,6 @@ from onestroke.evaluate.report import report_html
 from onestroke.sample import draw
 
 CPU = torch.device("cpu")
-torch.set_num_threads(1)
 
 
 # prompts

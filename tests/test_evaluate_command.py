@@ -32,7 +32,6 @@ from onestroke.evaluate.section import card_section
 from onestroke.sample import student_scheduler
 
 CPU = torch.device("cpu")
-torch.set_num_threads(1)
 
 
 # the gate
@@ -127,7 +126,6 @@ def folders(tmp_path_factory):
 def evaluated(folders, out, monkeypatch, capsys, *options: str) -> tuple[int, str, str]:
     monkeypatch.setattr("onestroke.evaluate.compare.SPREAD_PROMPTS", 20)
     monkeypatch.setattr("onestroke.evaluate.compare.SPREAD_SEEDS", 2)
-    monkeypatch.setattr("onestroke.commands.evaluate.cap_threads", lambda: None)
     monkeypatch.setattr(cli, "console", Console(width=300, no_color=True))
     monkeypatch.setattr(
         "sys.argv",

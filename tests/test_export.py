@@ -17,8 +17,6 @@ from onestroke.sample import student_scheduler
 from onestroke.schedule import NoiseSchedule
 from onestroke.single_file_export import save_single_file
 
-torch.set_num_threads(1)
-
 PROMPTS = ["a laughing person", "an old wizard"]
 
 

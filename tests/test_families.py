@@ -13,8 +13,6 @@ from onestroke.families.load import from_pipeline, load_model
 from onestroke.families.model import Denoiser, guided
 from onestroke.types import Condition
 
-torch.set_num_threads(1)
-
 PROMPTS = ["a laughing person", "an old wizard with a very long beard"]
 BUILDERS = pytest.mark.parametrize("build", [tiny_sdxl, tiny_sd], ids=["sdxl", "sd"])
 

@@ -8,8 +8,6 @@ from transformers import Dinov2Config, Dinov2Model
 from onestroke.distill.features import _evenly_spread, _same_padding, load_features
 from onestroke.errors import ModelError
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(scope="module")
 def dinov2_folder(tmp_path_factory):

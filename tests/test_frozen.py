@@ -20,8 +20,6 @@ from onestroke.plan.simulation import bytes_by_network
 from onestroke.plan.untrained import untrained_method
 from onestroke.precision import frozen_dtype, named_frozen_precision
 
-torch.set_num_threads(1)
-
 LOW = ("train.precision=bfloat16", "train.frozen_precision=bfloat16", "train.device=cpu")
 
 

@@ -6,7 +6,6 @@ import re
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from onestroke import embedded
@@ -15,9 +14,6 @@ from onestroke.data.comicset import ComicSource
 from onestroke.embedded.vocabulary import known_words, unknown_words, words_in
 from onestroke.errors import ResourceError
 from tests.consoles import onestroke, paper, text_of
-
-torch.set_num_threads(1)
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_generate_writes_the_same_picture_again_with_what_it_was_drawn_from(weights, tmp_path):

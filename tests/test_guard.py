@@ -6,7 +6,6 @@ import io
 import socket
 
 import pytest
-import torch
 import uvicorn
 from rich.console import Console
 from starlette.websockets import WebSocketDisconnect
@@ -20,7 +19,6 @@ from onestroke.serve.guard import Rules, check_token, is_local, name_of, same_or
 from onestroke.serve.page import studio_files
 from tests.servers import Scribe, client_of, client_to
 
-torch.set_num_threads(1)
 TOKEN = "a-token-of-more-than-16"
 GOOD = {"Authorization": f"Bearer {TOKEN}"}
 
@@ -171,7 +169,6 @@ def test_without_the_studio_there_is_no_page():
 
 def test_the_studio_command_serves_what_it_prints(monkeypatch):
     monkeypatch.setattr(serve, "drawer_of", lambda model, **settings: Scribe(model))
-    monkeypatch.setattr(serve, "cap_threads", lambda: None)
     seen = {}
 
     def run(server, sockets):

@@ -27,9 +27,6 @@ from tests.pipelines import tiny_sdxl
 from tests.servers import Scribe, client_of, picture_in, tiny_drawer
 from tests.test_live import answer, ask
 
-torch.set_num_threads(1)
-
-
 # rate limits
 
 

@@ -9,7 +9,6 @@ import struct
 
 import numpy as np
 import pytest
-import torch
 import websockets
 from starlette.websockets import WebSocketDisconnect
 
@@ -18,7 +17,6 @@ from onestroke.serve.batcher import Pace
 from onestroke.serve.order import Limits
 from tests.servers import Scribe, client_of, client_to, file_of, pixels_of, running, tiny_drawer
 
-torch.set_num_threads(1)
 EAGER = Pace(wait=0.0)
 
 

@@ -15,8 +15,6 @@ from onestroke.distill.lora import Adapter, drawing_unet, lora_student
 from onestroke.errors import ModelError, RecipeError
 from onestroke.lora import adaptable, decomposed, extract_lora, load_lora, merge_lora, save_lora
 
-torch.set_num_threads(1)
-
 LORA = ("student.lora.rank=2", "student.lora.alpha=6", "student.lora.targets=[to_q, to_out.0, ff.net.2, conv1]")
 PIPELINES = {"sdxl": tiny_sdxl, "sd": tiny_sd}
 

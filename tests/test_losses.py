@@ -14,8 +14,6 @@ from onestroke.distill.losses import (
     student_loss,
 )
 
-torch.set_num_threads(1)
-
 ONE_HEAD = [[1.0, 3.0], [0.0, 0.0]]  # 2 pictures, 2 positions: mean 1
 OTHER_HEAD = [[-0.5], [1.5]]  # 1 position: mean 1/2
 

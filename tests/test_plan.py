@@ -27,8 +27,6 @@ from onestroke.plan.tracker import Tracker, cuda_casts
 from onestroke.single_file_export import save_single_file
 from onestroke.train.trainer import Trainer, TrainSettings
 
-torch.set_num_threads(1)
-
 PLANNED = ("train.precision=bfloat16", "train.device=cpu")
 
 

@@ -23,9 +23,6 @@ from onestroke.errors import CheckpointError, ModelError
 from onestroke.families.fingerprint import fingerprint
 from tests.consoles import onestroke, paper, text_of
 
-torch.set_num_threads(1)
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def tiny_pretrain(*overrides: str):
     small = ("size=32", "vae_images=8", "judge_images=1", "decoder_images=8", "teacher_images=32")

@@ -10,7 +10,6 @@ import time
 from dataclasses import replace
 
 import pytest
-import torch
 import yaml
 from duels import assert_identical, duel, run
 from pipelines import tiny_sdxl
@@ -24,8 +23,6 @@ from onestroke.errors import CheckpointError
 from onestroke.ownership import sole_owner
 from onestroke.train.checkpoint import list_checkpoints, load_newest
 from onestroke.train.tracking import read_metrics
-
-torch.set_num_threads(1)
 
 
 def test_a_second_run_in_the_same_folder_at_the_same_time_is_refused(tmp_path):
@@ -130,8 +127,7 @@ def test_the_numbers_of_every_step_reach_the_log_once_each(tmp_path):
 
 
 RUN_IT = """
-import sys, torch
-torch.set_num_threads(1)
+import sys
 from onestroke.api import distill
 from onestroke.config import load_recipe
 distill(load_recipe(sys.argv[1]), sys.argv[2])

@@ -9,8 +9,6 @@ from onestroke.errors import ModelError
 from onestroke.sample import student_scheduler
 from onestroke.schedule import NoiseSchedule, student_timesteps
 
-torch.set_num_threads(1)
-
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "epsilon"}
 ZERO_SNR = SDXL | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
 T = torch.tensor([0, 3, 249, 700, 999])

@@ -22,7 +22,6 @@ from onestroke.evaluate.scorers import OTHER, SCORERS
 from onestroke.families.fingerprint import fingerprint
 
 CPU = torch.device("cpu")
-torch.set_num_threads(1)
 
 
 def test_networks_that_are_not_here_are_named_with_the_way_to_get_them(monkeypatch):

@@ -28,8 +28,6 @@ from onestroke.serve.pictures import picture_bytes, read_base64, read_picture, s
 from tests.pipelines import tiny_sd, tiny_sdxl
 from tests.servers import Scribe, client_of, file_of, picture_in, pixels_of, psnr, running, tiny_drawer
 
-torch.set_num_threads(1)
-
 
 def order(prompt: str = "a", seed: int = 0, *, steps: int = 1, size=(64, 64), strict: bool = False) -> Order:
     return Order("scribe", prompt, seed, steps, size, None, strict)

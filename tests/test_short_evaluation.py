@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from diffusers import AutoPipelineForText2Image
 from duels import assert_identical
 from pipelines import tiny_sdxl
@@ -21,8 +20,6 @@ from onestroke.config import Recipe
 from onestroke.errors import RecipeError
 from onestroke.train.checkpoint import load_newest
 from onestroke.train.evaluation import Evaluation, Figures, best_of, evaluations_of, figures_in
-
-torch.set_num_threads(1)
 
 FIGURES = Figures(100, {1: 3.0, 4: 1.0}, {1: 2.5, 4: 0.5}, 0.75, "key")
 

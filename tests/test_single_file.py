@@ -37,8 +37,6 @@ from onestroke.families.single_file import (
 from onestroke.single_file_export import checkpoint_metadata, checkpoint_tensors, pipeline_configs, save_single_file
 from tests.pipelines import tiny_sd, tiny_sdxl
 
-torch.set_num_threads(1)
-
 PIPELINES = {"sdxl": tiny_sdxl, "sd1": tiny_sd, "sd2": lambda: tiny_sd(open_clip=True)}
 MODULES = ("unet", "vae", "text_encoder", "text_encoder_2")
 

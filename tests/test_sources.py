@@ -22,7 +22,6 @@ from onestroke.data.opening import open_pictures
 from onestroke.data.rows import open_dataset
 from onestroke.errors import DataError
 
-torch.set_num_threads(1)
 COUNT = 24
 
 

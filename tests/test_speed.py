@@ -3,7 +3,6 @@
 from contextlib import nullcontext
 
 import pytest
-import torch
 from duels import assert_identical, copied
 from tiny_runs import endless, tiny_add, tiny_batch
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,8 +13,6 @@ from onestroke.train.run import run_training
 from onestroke.train.speed import Speed
 from onestroke.train.tracking import read_metrics
 from onestroke.train.trainer import Trainer, TrainSettings
-
-torch.set_num_threads(1)
 
 BOTH = frozenset({"student", "discriminator"})
 

@@ -14,9 +14,6 @@ from onestroke.export import student_pipeline
 from onestroke.families.load import from_pipeline
 from onestroke.schedule import PREDICTION_TYPES
 
-torch.set_num_threads(1)
-
-
 BOTH = frozenset({STUDENT, DISCRIMINATOR})
 
 

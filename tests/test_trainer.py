@@ -19,8 +19,6 @@ from onestroke.train.checkpoint import list_checkpoints, load_newest
 from onestroke.train.method import OptimizerSettings
 from onestroke.train.trainer import ema_decay, learning_rate
 
-torch.set_num_threads(1)
-
 CURVE = Path(__file__).parent / "data" / "loss_curve.json"
 
 
