@@ -46,7 +46,7 @@ def test_a_fast_pipeline_still_follows_its_weights_and_is_saved_as_what_it_is(tm
     pipeline = make_fast(make_fast(tiny_sdxl())).to(torch.float32)
     arguments = {"num_inference_steps": 1, "guidance_scale": 0.0, "output_type": "np"}
     one, two = (p("a bob", generator=torch.Generator().manual_seed(0), **arguments).images for p in (plain, pipeline))
-    np.testing.assert_allclose(one, two, atol=1e-4)
+    np.testing.assert_allclose(one, two, atol=0.02)  # merged weights are rounded to bfloat16 after their sums
     pipeline.to(torch.float64)
     assert pipeline.unet.dtype == pipeline.vae.dtype == torch.float64
     assert pipeline._execution_device == pipeline.unet.device == torch.device("cpu")

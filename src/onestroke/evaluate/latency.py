@@ -6,6 +6,7 @@ the round.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,14 +26,14 @@ CPU = torch.device("cpu")
 
 
 class PartTimer:
-    """Adds up the seconds spent in named parts of a drawing.
+    """Adds up the seconds spent in named parts of a drawing; of threads that draw at the same time, the longest counts.
 
     `synchronize` (on a GPU `torch.cuda.synchronize`) runs before each look at the clock.
     """
 
     def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
         self.synchronize = synchronize
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, dict[int, float]] = {}  # of each part, by thread
 
     def now(self) -> float:
         """Seconds of a clock that only rises, all work handed out before being done."""
@@ -44,7 +45,8 @@ class PartTimer:
         """Count what happens inside as time of the part `name`; parts do not nest."""
         started = self.now()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - started
+        mine, thread = self.seconds.setdefault(name, {}), threading.get_ident()
+        mine[thread] = mine.get(thread, 0.0) + self.now() - started
 
     def timed(self, name: str, call: Callable[P, R]) -> Callable[P, R]:
         """`call`, its time counted as the part `name`."""
@@ -58,7 +60,7 @@ class PartTimer:
     def take(self) -> dict[str, float]:
         """The seconds of each part since the last `take`."""
         seconds, self.seconds = self.seconds, {}
-        return seconds
+        return {name: max(threads.values()) for name, threads in seconds.items()}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,94 @@
+"""A batch drawn on the CPU by several threads, each with rows and cores of its own.
+
+Threads that share every layer wait for each other at the end of each; a layer of a small model lasts some hundredths of
+a millisecond, and one thread that another program holds up holds up all. Threads that share a batch wait once.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from copy import copy, deepcopy
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+from diffusers import DiffusionPipeline
+from jaxtyping import Float
+from torch import Tensor
+
+ROWS = 4  # least of a thread: with fewer, threads that share each layer are as fast
+EMBEDDED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+
+
+def num_parts(pipeline: DiffusionPipeline, num_rows: int) -> int:
+    """How many threads a batch of `num_rows` is best divided between; 1 where it must be drawn as a whole.
+
+    That is on a GPU, under autocast (which is a thread's own), in a run of several processes (whose modules may
+    communicate, in one order) and where modules are compiled.
+    """
+    parts = min(torch.get_num_threads(), num_rows // ROWS)
+    if parts < 2 or not hasattr(pipeline, "encode_prompt") or pipeline._execution_device.type != "cpu":
+        return 1
+    if torch.is_autocast_enabled("cpu") or (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 1
+    modules = (m for part in (pipeline.unet, pipeline.vae) for m in part.modules())
+    return 1 if any(m._compiled_call_impl is not None for m in modules) else parts
+
+
+def draw_divided(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    num_parts: int,
+    *,
+    generator: Sequence[torch.Generator],
+    guidance_scale: float,
+    **settings,
+) -> Float[Tensor, "n 3 h w"]:
+    """What `pipeline(prompts, ...)` draws, by `num_parts` threads at a time; `settings`: of its call.
+
+    Words are read once, by this thread: a tokenizer cannot be shared.
+    """
+    encoded = pipeline.encode_prompt(
+        prompt=list(prompts),
+        device=pipeline._execution_device,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=guidance_scale > 1,
+    )
+    words = {name: rows for name, rows in zip(EMBEDDED, encoded, strict=False) if rows is not None}
+
+    @torch.inference_mode()
+    def draw(rows: slice) -> Tensor:
+        mine = copy(pipeline)  # the weights are shared; where a sampler stands is its own
+        mine.scheduler = deepcopy(pipeline.scheduler)
+        return mine(
+            **{name: value[rows] for name, value in words.items()},
+            generator=list(generator[rows]),
+            guidance_scale=guidance_scale,
+            **settings,
+        ).images
+
+    bounds = [len(prompts) * part // num_parts for part in range(num_parts + 1)]
+    shares = [slice(first, last) for first, last in pairwise(bounds)]
+    return torch.cat(list(_threads(num_parts, torch.get_num_threads()).map(draw, shares)))
+
+
+@lru_cache(maxsize=4)
+def _threads(count: int, total: int) -> ThreadPoolExecutor:
+    """`count` threads that compute with `total` threads among them."""
+    all_there = threading.Barrier(count)
+
+    def begin(_: int) -> None:
+        torch.get_num_threads()  # a thread takes the number last set when it is first asked
+        torch.set_num_threads(max(1, total // count))
+        all_there.wait()
+
+    pool = ThreadPoolExecutor(count, thread_name_prefix="onestroke-part")
+    list(pool.map(begin, range(count)))
+    torch.set_num_threads(total)  # for threads that come later
+    return pool
+
+
+os.register_at_fork(after_in_child=_threads.cache_clear)  # a child has none of its parent's threads
