@@ -2,16 +2,16 @@
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # before torch is there, and for commands too: what is computed is the same to the bit
-)
+# Before torch is there, and for commands too: what one thread computes is the same to the bit.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from onestroke import embedded
+from onestroke import divided, embedded
 from onestroke.data.comicset import ComicSource
 from onestroke.embedded.architecture import build_pipeline
 from onestroke.embedded.autoencoder import build_autoencoder
@@ -27,6 +27,14 @@ def browser():
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield chromium
         chromium.close()
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
+    yield
+    divided._threads.cache_clear()
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from functools import partial
 from itertools import chain
 
@@ -22,6 +23,7 @@ from onestroke.distill.add import STUDENT
 from onestroke.distill.anchors import MOST, ROUND, Anchoring, Anchors, Drawn, anchor_loss, anchored, draw_anchors
 from onestroke.errors import CheckpointError, DataError, RecipeError
 from onestroke.families.load import from_pipeline
+from onestroke.train import anchoring
 from onestroke.train.anchoring import SHARD_PICTURES, anchor_batches, anchors_of
 from onestroke.train.checkpoint import load_newest
 from onestroke.train.method import OptimizerSettings
@@ -183,7 +185,9 @@ def test_the_teachers_own_sampling_does_not_move_the_timesteps():
         model.scheduler_config |= sampling
         condition = model.full_size(model.encode_prompts(["a"]), (16, 16))
         with torch.no_grad():
-            return draw_anchors(model, model.denoiser(), condition, noise, steps=8, guidance=3.0, num_timesteps=4)
+            blank = model.blank_prompts(condition)
+            settings = {"steps": 8, "guidance": 3.0, "num_timesteps": 4}
+            return draw_anchors(model, model.denoiser(), condition, blank, noise, **settings)
 
     plain = drawn()
     assert plain.path.shape[1] == 4 and torch.equal(drawn(use_karras_sigmas=True).path, plain.path)
@@ -207,7 +211,8 @@ def test_words_are_seen_to_move_what_only_they_say():
         return told
 
     noise = torch.randn(2, 4, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    drawn = draw_anchors(model, teacher, condition, noise, steps=4, guidance=3.0, num_timesteps=2)
+    blank = model.blank_prompts(condition)
+    drawn = draw_anchors(model, teacher, condition, blank, noise, steps=4, guidance=3.0, num_timesteps=2)
     assert drawn.path.shape == (2, 2, 4, 4, 4)
     expected = torch.zeros(2, 4, 4).half()
     expected[:, 1, 2] = 16
@@ -241,6 +246,22 @@ def test_they_are_drawn_once_and_those_of_another_teacher_are_refused(recipe, tm
     second.rename(first)
     with pytest.raises(DataError, match=re.escape("these anchors are of another teacher")):
         anchors_of(teacher, source, many, tmp_path, tell=told.append)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_each_core_draws_some_and_the_same(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(anchoring, "DRAWN_AT_ONCE", 2)
+    teacher, source, by = teacher_of(recipe), source_of(recipe.data), set()
+    forward = teacher.unet.forward
+    teacher.unet.forward = lambda *args, **kinds: (by.add(threading.get_ident()), forward(*args, **kinds))[1]
+    many = changed(recipe, count=9)
+    shared = anchors_of(teacher, source, many, tmp_path / "shared", tell=lambda text: None)
+    assert len(by) == 2 and threading.get_ident() not in by
+    torch.set_num_threads(1)
+    alone = anchors_of(teacher, source, many, tmp_path / "alone", tell=lambda text: None)
+    assert threading.get_ident() in by
+    for one, other in zip(shared.at(range(9)), alone.at(range(9)), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_run_that_was_stopped_before_and_in_add_ends_in_the_same_weights(recipe, tmp_path):

@@ -2,7 +2,6 @@
 
 import os
 import threading
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -15,14 +14,6 @@ from onestroke.evaluate.latency import PartTimer
 from onestroke.sample import draw, make_fast
 
 PROMPTS = [f"a {word} person" for word in ("sad", "glad", "mad", "tall", "small", "old", "young", "kind", "odd")]
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    torch.set_num_threads(2)
-    yield
-    divided._threads.cache_clear()
-    torch.set_num_threads(1)
 
 
 @pytest.mark.usefixtures("two_threads")

@@ -15,9 +15,9 @@ PACKAGE = Path(onestroke.__file__).parent
 # exported; evaluate stands above train too, and the embedded models below everything that trains them.
 ROOMS = (
     "types", "errors", "tensor_files", "cluster", "ownership", "config", "recipes", "precision", "compiler",
-    "operations", "schedule", "randomness", "families", "lora", "data", "train/method", "distill", "sample",
-    "picture_metadata", "single_file_export", "export", "card", "evaluate", "arena", "train", "plan", "embedded",
-    "ablation", "serve",
+    "operations", "schedule", "randomness", "families", "lora", "data", "train/method", "distill", "divided",
+    "upsampling", "sample", "picture_metadata", "single_file_export", "export", "card", "evaluate", "arena", "train",
+    "plan", "embedded", "ablation", "serve",
 )  # fmt: skip
 COMPOSITION = ("__init__", "__main__", "build", "api", "cli", "commands")  # may import from every room
 

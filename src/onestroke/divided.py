@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy, deepcopy
 from functools import lru_cache
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 ROWS = 4  # least of a thread: with fewer, threads that share each layer are as fast
+Item, Result = TypeVar("Item"), TypeVar("Result")
 EMBEDDED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
@@ -30,12 +32,25 @@ def num_parts(pipeline: DiffusionPipeline, num_rows: int) -> int:
     communicate, in one order) and where modules are compiled.
     """
     parts = min(torch.get_num_threads(), num_rows // ROWS)
-    if parts < 2 or not hasattr(pipeline, "encode_prompt") or pipeline._execution_device.type != "cpu":
+    if parts < 2 or not hasattr(pipeline, "encode_prompt") or torch.is_autocast_enabled("cpu"):
         return 1
-    if torch.is_autocast_enabled("cpu") or (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if pipeline._execution_device.type != "cpu":  # where offloaded weights are not
         return 1
-    modules = (m for part in (pipeline.unet, pipeline.vae) for m in part.modules())
-    return 1 if any(m._compiled_call_impl is not None for m in modules) else parts
+    return parts if may_be_shared(pipeline.unet, pipeline.vae) else 1
+
+
+def may_be_shared(*modules: nn.Module) -> bool:
+    """Whether several threads may call these at once, and are the faster for it: on a CPU, in a run of one process."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return False
+    if any(next(module.parameters()).device.type != "cpu" for module in modules):
+        return False
+    return all(m._compiled_call_impl is None for module in modules for m in module.modules())
+
+
+def mapped(function: Callable[[Item], Result], items: Iterable[Item], num_parts: int) -> list[Result]:
+    """`function` of each item, by `num_parts` threads that have the cores between them."""
+    return list(_threads(num_parts, torch.get_num_threads()).map(function, items))
 
 
 def draw_divided(
@@ -72,7 +87,7 @@ def draw_divided(
 
     bounds = [len(prompts) * part // num_parts for part in range(num_parts + 1)]
     shares = [slice(first, last) for first, last in pairwise(bounds)]
-    return torch.cat(list(_threads(num_parts, torch.get_num_threads()).map(draw, shares)))
+    return torch.cat(mapped(draw, shares, num_parts))
 
 
 @lru_cache(maxsize=4)

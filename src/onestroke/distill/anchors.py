@@ -114,6 +114,7 @@ def draw_anchors(
     model: DiffusionModel,
     teacher: Denoiser,
     condition: Condition,
+    blank: Condition,
     noise: Float[Tensor, "n c h w"],
     *,
     steps: int,
@@ -122,7 +123,8 @@ def draw_anchors(
 ) -> Drawn:
     """The guided teacher's pictures from this noise by DPM-Solver++ (arXiv 2211.01095), and the way there.
 
-    `steps` is a multiple of the student's `num_timesteps`, so that its timesteps are among the solver's.
+    `blank`: `model.blank_prompts(condition)`. `steps` is a multiple of the student's `num_timesteps`, so that its
+    timesteps are among the solver's.
     """
     solver = DPMSolverMultistepScheduler(
         **beta_settings(model.scheduler_config),
@@ -132,16 +134,16 @@ def draw_anchors(
     )
     solver.set_timesteps(steps, device=noise.device)
     stations = student_timesteps(num_timesteps, num_train_timesteps=len(model.schedule))[1:]
-    both = joined(condition, model.blank_prompts(condition))
+    both = joined(condition, blank)
     x = model.schedule.student_input(noise, noise, solver.timesteps[:1].cpu().expand(len(noise)))
     path, moved = [], torch.zeros_like(noise[:, 0])
     for i, t in enumerate(solver.timesteps):
         if int(t) in stations:
             path.append(x)
-        worded, blank = teacher(torch.cat([x, x]), t.expand(2 * len(x)), both).chunk(2)
+        worded, wordless = teacher(torch.cat([x, x]), t.expand(2 * len(x)), both).chunk(2)
         if i >= steps // 2:
-            moved += (worded - blank).square().mean(1)
-        x = solver.step(blank + guidance * (worded - blank), t, x).prev_sample
+            moved += (worded - wordless).square().mean(1)
+        x = solver.step(wordless + guidance * (worded - wordless), t, x).prev_sample
     mean = moved.mean(dim=(1, 2), keepdim=True)
     moved = torch.where(mean > 0, moved / mean, torch.ones_like(moved))
     return Drawn(torch.stack([*path, x], 1).half().cpu(), moved.half().cpu())

@@ -20,6 +20,7 @@ from onestroke.data.plan import picture_at
 from onestroke.data.source import Source
 from onestroke.distill.add import STUDENT
 from onestroke.distill.anchors import STREAM, Anchoring, Anchors, Drawn, anchored, draw_anchors
+from onestroke.divided import mapped, may_be_shared
 from onestroke.errors import CheckpointError, DataError
 from onestroke.families.fingerprint import fingerprint
 from onestroke.families.model import DiffusionModel
@@ -30,7 +31,7 @@ from onestroke.train.checkpoint import list_checkpoints
 from onestroke.train.ranks import any_rank, from_first, num_ranks, rank, share_of
 from onestroke.train.run import run_training
 from onestroke.train.trainer import Progress, Trainer
-from onestroke.types import Batch
+from onestroke.types import Batch, Condition
 
 SHARD_PICTURES = 500
 DRAWN_AT_ONCE = 25
@@ -70,9 +71,8 @@ def anchors_of(
         for i in todo[rank() :: num_ranks()]:
             if is_late():
                 break
-            groups = [parts[i][first : first + DRAWN_AT_ONCE] for first in range(0, len(parts[i]), DRAWN_AT_ONCE)]
-            drawn = [draw([captions[row] for row in group], torch.tensor(group)) for group in groups]
-            write_tensors(paths[i], _joined(drawn)._asdict(), {"onestroke": pages[i]}, what="the anchors")
+            drawn = draw([captions[row] for row in parts[i]], torch.tensor(parts[i]))
+            write_tensors(paths[i], drawn._asdict(), {"onestroke": pages[i]}, what="the anchors")
             tell(f"the teacher's pictures: {parts[i][-1] + 1}/{count}")
         teacher.unet.to(home)
     (is_missing,) = any_rank(not all(path.exists() for path in paths[rank() :: num_ranks()]))
@@ -100,27 +100,40 @@ def _guidance(recipe: Recipe) -> float:
 
 
 def _drawing(teacher: DiffusionModel, recipe: Recipe) -> Callable[[Sequence[str], Tensor], Drawn]:
-    """From captions and anchors' numbers to anchors."""
+    """From captions and anchors' numbers to anchors; on a CPU each core draws some."""
     size = _size(recipe)
     shape = (teacher.unet.config.in_channels, *(length // teacher.vae_scale_factor for length in size))
     device, denoiser = teacher.device, teacher.denoiser()
     dtype = autocast_dtype(recipe.train.precision, device)
 
     @torch.no_grad()
-    def draw(captions: Sequence[str], rows: Tensor) -> Drawn:
-        noise = normal(shape, recipe.seed, STREAM, rows).to(device, teacher.dtype)
+    def read(captions: Sequence[str]) -> tuple[Condition, Condition]:
         with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
             condition = teacher.full_size(teacher.encode_prompts(captions), size)
+            return condition, teacher.blank_prompts(condition)
+
+    @torch.no_grad()
+    def draw_some(group: tuple[tuple[Condition, Condition], Tensor]) -> Drawn:
+        (condition, blank), rows = group
+        noise = normal(shape, recipe.seed, STREAM, rows).to(device, teacher.dtype)
+        with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
             return draw_anchors(
-                teacher, denoiser, condition, noise,
+                teacher, denoiser, condition, blank, noise,
                 steps=recipe.anchors.steps, guidance=_guidance(recipe), num_timesteps=recipe.student.num_timesteps,
             )  # fmt: skip
 
+    def draw(captions: Sequence[str], rows: Tensor) -> Drawn:
+        firsts = range(0, len(captions), DRAWN_AT_ONCE)
+        words = (read(captions[first : first + DRAWN_AT_ONCE]) for first in firsts)
+        groups = zip(words, rows.split(DRAWN_AT_ONCE), strict=True)
+        threads = torch.get_num_threads()
+        if threads > 1 and may_be_shared(teacher.unet):
+            parts = mapped(draw_some, groups, threads)
+        else:
+            parts = [draw_some(group) for group in groups]
+        return Drawn(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
     return draw
-
-
-def _joined(parts: Sequence[Drawn]) -> Drawn:
-    return Drawn(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
 def _read(path: Path, page: str) -> Drawn:
