@@ -22,6 +22,8 @@ class Number(nn.Module):
 class Duel:
     """Two numbers: `left` goes to the mean of the batch's slots, `right` to `left`; `breaks` can spoil a loss."""
 
+    frozen = ()
+
     def __init__(self, *, breaks=lambda step, name, loss: loss, **settings) -> None:
         optimizer = OptimizerSettings(**{"learning_rate": 0.1, "max_grad_norm": None} | settings)
         self.players = {

@@ -153,6 +153,8 @@ def numbered_buckets() -> Buckets:
 class Pair:
     """A network that is sharded under FSDP and a head that is not, in float64; keeps what it was shown."""
 
+    frozen = ()
+
     def __init__(self) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -20,6 +20,7 @@ from onestroke.data.loader import batches
 from onestroke.distill.add import ADD, DISCRIMINATOR, STUDENT, Rollout
 from onestroke.distill.student import choose_timesteps
 from onestroke.distill.teacher import teacher_timesteps
+from onestroke.divided import mapped
 from onestroke.embedded import GUIDANCE, TEACHER
 from onestroke.embedded import STUDENT as EMBEDDED_STUDENT
 from onestroke.evaluate.drawing import contenders, part_timer
@@ -103,7 +104,7 @@ def measure_step(recipe: Recipe, *, rounds: int) -> dict[str, list[float]]:
         for name in names[k % len(names):] + names[:k % len(names)]:  # fmt: skip
             part = parts[name]
             part.prepare()
-            with timer.part(name):
+            with training_attention(teacher.device, data[0].num_pixels), timer.part(name):
                 part.run()
             part.clean()
         taken = timer.take()
@@ -163,16 +164,37 @@ Call = Callable[[], Output]
 def step_parts(trainer: Trainer, batch: Batch) -> dict[str, Part]:
     """Each unavoidable part of the step as something to time alone, the five of `MAIN_PARTS` first.
 
+    Where threads share the step's batch, they share each part's.
+    """
+    shares = [
+        network_parts(method, part, trainer.settings.autocast) for method, part, _ in trainer.views.sharing(batch)
+    ]
+    networks = {name: _together([share[name] for share in shares]) for name in shares[0]}
+    main = {name: networks.get(name) or _optimizer_part(trainer) for name in MAIN_PARTS}
+    return main | networks | {"clipping of gradients": _clipping_part(trainer)}
+
+
+def _together(parts: Sequence[Part]) -> Part:
+    """The same part of each thread's pictures."""
+    if len(parts) == 1:
+        return parts[0]
+    return Part(
+        lambda: mapped(lambda part: part.run(), parts, len(parts)),
+        lambda: [part.prepare() for part in parts],
+        lambda: [part.clean() for part in parts],
+    )
+
+
+def network_parts(method: ADD, batch: Batch, dtype: torch.dtype | None) -> dict[str, Part]:
+    """What the networks do in a step, under autocast to `dtype`.
+
     Decoder and feature network see two sets of pictures a step: the student's both ways, the real ones forward.
     """
-    method, dtype = trainer.method, trainer.settings.autocast
     assert isinstance(method, ADD)
+    device = method.model.device
 
-    @contextmanager
-    def as_in_the_step() -> Iterator[None]:
-        autocast = torch.autocast(method.model.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
-        with autocast, training_attention(method.model.device, batch.num_pixels):
-            yield
+    def as_in_the_step() -> AbstractContextManager:
+        return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
     def cast(call: Call) -> Call:
         def inside() -> Output:
@@ -188,11 +210,12 @@ def step_parts(trainer: Trainer, batch: Batch) -> dict[str, Part]:
     def forward(call: Call) -> Part:
         return Part(torch.no_grad()(cast(call)))
 
-    with as_in_the_step():
+    with as_in_the_step(), training_attention(device, batch.num_pixels):
         inputs = step_inputs(method, batch)
     again = forward(lambda: decode(inputs.x0))
     reconstructed = [again] if method.recipe.discriminator.real == "reconstructed" else []
-    main = {
+    target = {"decoding the teacher's target": again} if method.recipe.losses.distance == "pixel" else {}
+    return {
         MAIN_PARTS[0]: _both_ways(
             cast(lambda: method.student(inputs.x_s, inputs.s, inputs.condition)), trained=method.players[STUDENT].module
         ),
@@ -201,10 +224,6 @@ def step_parts(trainer: Trainer, batch: Batch) -> dict[str, Part]:
             _both_ways_from(inputs.pixels, method.features, cast), forward(lambda: method.features(inputs.pixels))
         ),
         MAIN_PARTS[3]: forward(lambda: _guided_target(method, inputs)),
-        MAIN_PARTS[4]: _optimizer_part(trainer),
-    }
-    target = {"decoding the teacher's target": again} if method.recipe.losses.distance == "pixel" else {}
-    return main | {
         "encoding the real pictures": forward(lambda: method.model.encode_images(inputs.images)),
         "text encoders": forward(lambda: method.model.encode_prompts(batch.captions).text),
         **target,
@@ -212,7 +231,6 @@ def step_parts(trainer: Trainer, batch: Batch) -> dict[str, Part]:
         "heads for their own loss": _both_ways(
             cast(lambda: method.loss(DISCRIMINATOR, inputs.rollout).total), trained=method.heads
         ),
-        "clipping of gradients": _clipping_part(trainer),
     }
 
 

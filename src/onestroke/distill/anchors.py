@@ -64,6 +64,9 @@ class Anchors:
     def __len__(self) -> int:
         return len(self.captions)
 
+    def __deepcopy__(self, memo: dict) -> Anchors:
+        return self  # nothing changes them
+
     def at(self, rows: Sequence[int]) -> Drawn:
         """These anchors, read from their shards, in float32: the CPU's autocast stacks no float16."""
         length = len(self.shards[0].path)
@@ -187,6 +190,11 @@ class Anchoring:
         self.model, self.student, self.anchors = model, student, anchors
         self.recipe, self.emphasis = recipe, emphasis
         self.players = {"student": Player(trained, optimizer)}
+
+    @property
+    def frozen(self) -> list[nn.Module]:
+        """The networks that are not trained."""
+        return [self.model.unet, self.model.vae, *self.model.text_encoders]
 
     def rollout(self, batch: Batch, due: frozenset[str]) -> tuple[Tensor, Lesson]:
         """The student's latents, and what they are held against."""

@@ -67,16 +67,21 @@ class Denoising:
         emphasis: Callable[[Int[Tensor, " b"]], Float[Tensor, "b h w"]] | None = None,
     ) -> None:
         self.model, self.settings, self.hint, self.emphasis = model, settings, hint, emphasis
-        self._middle: list[Tensor] = []  # the middle block's last output, where a hint reads it
         parts: dict[str, nn.Module] = {"unet": model.unet.train()}
         if train_text:
             parts |= {f"text_{i}": encoder.train() for i, encoder in enumerate(model.text_encoders)}
         if hint is not None:
             parts["hint"] = hint.module
-            model.unet.mid_block.register_forward_hook(lambda block, given, output: self._middle.append(output))
         self.players: Mapping[str, Player] = {
             "denoiser": Player(nn.ModuleDict(parts), settings.optimizer, ema_images=settings.ema_images)
         }
+
+    @property
+    def frozen(self) -> list[nn.Module]:
+        """The networks that are not trained."""
+        trained = {id(part) for part in self.players["denoiser"].module.children()}
+        networks = [self.model.unet, self.model.vae, *self.model.text_encoders]
+        return [network for network in networks if id(network) not in trained]
 
     def rollout(self, batch: Batch, due: frozenset[str]) -> Noised:
         """Noised latents and what belongs to them."""
@@ -101,9 +106,10 @@ class Denoising:
 
     def loss(self, player: str, rollout: Noised) -> Loss:
         """Mean squared error of the network's output, with its emphasis; the hint's loss beside it."""
-        self._middle.clear()
-        r = rollout
+        r, middle = rollout, []
+        hook = self.model.unet.mid_block.register_forward_hook(lambda block, given, output: middle.append(output))
         output = self.model.family.call_unet(self.model.unet, r.x_t, r.t, r.condition).float()
+        hook.remove()
         error = (output - r.target).square()
         total, terms = error.mean(), {"denoising": error.mean()}
         if self.emphasis is not None:
@@ -111,7 +117,7 @@ class Denoising:
             weight = 1 + alpha.square() * self.emphasis(r.batch.slots).to(error)[:, None]
             total = (weight * error).mean()
         if self.hint is not None:
-            hint = self.hint.loss(self._middle.pop(), r.batch)
+            hint = self.hint.loss(middle[0], r.batch)
             total, terms = total + hint, terms | {"hint": hint}
         return Loss(total, terms)
 

@@ -69,6 +69,11 @@ class TextNaming:
         encoders = [encoder.train() for encoder in model.text_encoders]
         self.players = {"text": Player(nn.ModuleList([*encoders, self.heads]), optimizer, ema_images=10_000)}
 
+    @property
+    def frozen(self) -> list[nn.Module]:
+        """The networks that are not trained."""
+        return [self.model.unet, self.model.vae]
+
     def rollout(self, batch: Batch, due: frozenset[str]) -> tuple[list[Tensor], Tensor]:
         """What the heads read, and the labels."""
         condition = self.model.encode_prompts(batch.captions)

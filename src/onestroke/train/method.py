@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -51,6 +51,11 @@ class Method(Protocol):
     """
 
     players: Mapping[str, Player]
+
+    @property
+    def frozen(self) -> Sequence[nn.Module]:
+        """The networks that no player trains."""
+        ...
 
     def rollout(self, batch: Batch, due: frozenset[str]) -> Any:
         """What the due players share, computed once; with gradient only for those of them that need it."""

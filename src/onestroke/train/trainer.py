@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from onestroke.divided import mapped
 from onestroke.errors import NonFiniteLoss
 from onestroke.precision import training_attention
 from onestroke.schedule import exact
@@ -21,6 +22,7 @@ from onestroke.train.optimizers import build_optimizer
 from onestroke.train.ranks import mean_of, num_ranks, rank
 from onestroke.train.sharding import average_gradients, gathered, local, outline, shard, sharded_copy
 from onestroke.train.speed import Speed
+from onestroke.train.views import Views, parts_of, take_gradients
 from onestroke.types import Batch
 
 
@@ -63,6 +65,7 @@ class Trainer:
         self.optimizers = {
             name: build_optimizer(player.module, player.optimizer) for name, player in method.players.items()
         }
+        self.views = Views(method)
         self.earlier: dict[str, tuple[Mapping[str, Tensor], float]] = {}
         self.averages = {
             name: self._copy(name, player.module).requires_grad_(False)
@@ -108,7 +111,7 @@ class Trainer:
     def _step(self, batch: Batch) -> dict[str, float]:
         players, due = self.method.players, self._due()
         terms: dict[str, Tensor] = {}
-        for part, share in _micro_batches(batch, self.settings.micro_batch_size):
+        for part, share in parts_of(batch, self.settings.micro_batch_size):
             self._backward(part, due, share, terms)
         for name in sorted(due):
             average_gradients(players[name].module.parameters())
@@ -124,20 +127,41 @@ class Trainer:
 
     def _backward(self, batch: Batch, due: frozenset[str], share: float, terms: dict[str, Tensor]) -> None:
         """Add the gradients of one micro-batch, which is `share` of the step's batch."""
-        players = self.method.players
-        dtype = self.settings.autocast
-        device = next(next(iter(players.values())).module.parameters()).device.type
+        shares = self.views.sharing(batch)
+        gathered: list[dict[str, Tensor]] = [{} for _ in shares]
+
+        def backward(k: int) -> None:
+            method, part, its_share = shares[k]
+            self._backward_of(method, part, due, share * its_share, gathered[k])
+
+        with training_attention(self._device, batch.num_pixels):  # of all threads: it is no thread's own
+            if len(shares) == 1:
+                backward(0)
+            else:
+                mapped(backward, range(len(shares)), len(shares))
+                take_gradients(self.method.players, [method.players for method, _, _ in shares], sorted(due))
+        for more in gathered:
+            _gather(terms, more)
+
+    @property
+    def _device(self) -> str:
+        return next(next(iter(self.method.players.values())).module.parameters()).device.type
+
+    def _backward_of(
+        self, method: Method, batch: Batch, due: frozenset[str], share: float, terms: dict[str, Tensor]
+    ) -> None:
+        """Add the gradients of pictures that are `share` of the step's batch."""
+        players, device, dtype = method.players, self._device, self.settings.autocast
         autocast = torch.autocast(device, dtype or torch.bfloat16, enabled=dtype is not None)
-        with autocast, training_attention(device, batch.num_pixels), _only(players, due):
-            rollout = self.method.rollout(batch, due)
+        with autocast, _only(players, due):
+            rollout = method.rollout(batch, due)
             for name in sorted(due):
                 with _only(players, {name}):
-                    loss = self.method.loss(name, rollout)
+                    loss = method.loss(name, rollout)
                     with torch.autocast(device, enabled=False):
                         (loss.total * share).backward(retain_graph=name != max(due))
-                for key, value in {"loss": loss.total, **loss.terms}.items():
-                    value = exact(value.detach()) * share
-                    terms[f"{name}/{key}"] = terms.get(f"{name}/{key}", torch.zeros_like(value)) + value
+                found = {"loss": loss.total, **loss.terms}.items()
+                _gather(terms, {f"{name}/{key}": exact(value.detach()) * share for key, value in found})
 
     def _update(self, name: str) -> None:
         player, optimizer = self.method.players[name], self.optimizers[name]
@@ -251,12 +275,9 @@ def _clip(player: Player) -> float:
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
-def _micro_batches(batch: Batch, size: int | None) -> Iterator[tuple[Batch, float]]:
-    """Parts of at most `size` pictures, each with its share of the batch."""
-    size = size or len(batch)
-    for first in range(0, len(batch), size):
-        part = batch.rows(slice(first, first + size))
-        yield part, len(part) / len(batch)
+def _gather(terms: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
+    for key, value in more.items():
+        terms[key] = terms.get(key, torch.zeros_like(value)) + value
 
 
 @contextmanager
