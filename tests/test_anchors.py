@@ -27,7 +27,7 @@ from onestroke.train import anchoring
 from onestroke.train.anchoring import SHARD_PICTURES, anchor_batches, anchors_of
 from onestroke.train.checkpoint import load_newest
 from onestroke.train.method import OptimizerSettings
-from onestroke.train.trainer import Trainer, TrainSettings
+from onestroke.train.trainer import Progress, Trainer, TrainSettings
 
 
 def some_anchors(count: int = 5, *, side: int = 8) -> Anchors:
@@ -281,6 +281,15 @@ def test_a_run_that_was_stopped_before_and_in_add_ends_in_the_same_weights(recip
     told: list[str] = []
     distill(recipe, tmp_path / "straight", tell=told.append)  # finished: nothing is drawn or learnt again
     assert told == []
+
+
+def test_pictures_a_second_are_those_since_the_run_went_on(monkeypatch):
+    monkeypatch.setattr(anchoring, "TOLD_SECONDS", -1.0)
+    told: list[str] = []
+    teller = anchoring._Teller(4000, told.append)
+    for images, seconds in ((1016, 1.0), (1216, 11.0)):
+        teller(Progress(images // 16, images, seconds, {"student/anchor": 0.5}), None)
+    assert told[-1] == "anchors: 1,216/4,000 pictures, 20.0 a second; 0.5000"
 
 
 def test_add_begins_with_what_the_anchors_taught(recipe, tmp_path):

@@ -112,6 +112,15 @@ def test_saving_memory_shows_and_its_price_does_too(folder):
     assert once[1:] == [pytest.approx(once[0], rel=1e-3)] * 2
 
 
+@pytest.mark.usefixtures("two_threads")
+def test_threads_that_share_a_batch_have_gradients_of_their_own(folder):
+    lines = {2: "train.batch_size=8", 3: "train.micro_batch_size=8", 1: "train.compile=true"}
+    for sets, line in lines.items():
+        recipe, simulation = planned(folder, "train.batch_size=16", line)
+        assert simulation.gradient_sets == sets
+        assert memory_by_part(recipe, simulation)["gradients"] == sets * 4 * sum(simulation.trained.values())
+
+
 def test_a_lora_student_costs_its_adapter_alone(folder):
     pytest.importorskip("peft")
     full, lora = planned(folder)[1], planned(folder, "student.lora.rank=2")[1]

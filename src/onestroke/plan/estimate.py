@@ -46,7 +46,7 @@ def memory_by_part(recipe: Recipe, simulation: Simulation) -> dict[str, int]:
     optimizers = {STUDENT: recipe.student_optimizer, "discriminator": recipe.discriminator_optimizer}
     weights = {f"{name}, weights": size for name, size in simulation.weights.items()}
     return weights | {
-        "gradients": FLOAT * sum(trained.values()),
+        "gradients": FLOAT * sum(trained.values()) * simulation.gradient_sets,
         "optimizer states": sum(round(state_bytes(optimizers[name]) * count) for name, count in trained.items()),
         "student's average": FLOAT * trained[STUDENT],
         f"activations of {simulation.micro_batch} pictures": simulation.activations,

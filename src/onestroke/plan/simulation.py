@@ -18,6 +18,7 @@ from onestroke.plan.architecture import Architecture
 from onestroke.plan.tracker import Tracker, cuda_casts
 from onestroke.plan.untrained import Parts, materialise, untrained_method
 from onestroke.precision import training_attention
+from onestroke.train.views import threads_for
 from onestroke.types import Batch
 
 LATENTS, IMAGE_EMBEDDINGS, TEXT_EMBEDDINGS = "encode pictures", "image embeddings", "text embeddings"
@@ -35,6 +36,7 @@ class Simulation:
     micro_batch: int  # pictures
     operations: Mapping[str, int]  # floating-point operations a picture, by part; recomputation included
     recomputed: int  # of them, those that are done a second time to save memory, a picture
+    gradient_sets: int = 1  # that are there at once; of threads that share a batch, each has its own
 
 
 def simulate(recipe: Recipe, architecture: Architecture, *, device: str = "cpu") -> Simulation:
@@ -64,7 +66,9 @@ def simulate(recipe: Recipe, architecture: Architecture, *, device: str = "cpu")
             run_micro_batch(method, batch, AUTOCAST.get(recipe.train.precision), tracker, device=device)
     operations = {name: count // micro_batch for name, count in tracker.operations.items()}
     activations = max(0, tracker.peak - gradients)
-    return Simulation(weights, trained, activations, micro_batch, operations, tracker.recomputed // micro_batch)
+    threads = 1 if device != "cpu" or recipe.train.compile else threads_for(micro_batch)
+    sets = 1 if threads == 1 else threads + (micro_batch < recipe.train.batch_size)
+    return Simulation(weights, trained, activations, micro_batch, operations, tracker.recomputed // micro_batch, sets)
 
 
 def start_gradients(method: ADD, tracker: Tracker) -> None:

@@ -217,9 +217,12 @@ class _Teller:
 
     def __init__(self, images: int, tell: Callable[[str], None]) -> None:
         self.images, self.tell, self.told = images, tell, time.monotonic()
+        self.first: Progress | None = None  # since this start of the run
 
     def __call__(self, progress: Progress, left: float | None) -> None:
+        first = self.first = self.first or progress
         if time.monotonic() - self.told > TOLD_SECONDS:
             self.told = time.monotonic()
-            rate, loss = progress.images / progress.seconds, progress.terms["student/anchor"]
+            seconds = max(progress.seconds - first.seconds, 1e-6)
+            rate, loss = (progress.images - first.images) / seconds, progress.terms["student/anchor"]
             self.tell(f"anchors: {progress.images:,}/{self.images:,} pictures, {rate:.1f} a second; {loss:.4f}")

@@ -35,9 +35,14 @@ class Views:
 
     def count(self, num_rows: int) -> int:
         """How many threads share a batch of so many pictures."""
-        count = min(torch.get_num_threads(), num_rows // ROWS)
+        count = threads_for(num_rows)
         modules = [player.module for player in self.method.players.values()]
         return count if count > 1 and may_be_shared(*modules, *self.method.frozen) else 1
+
+
+def threads_for(num_rows: int) -> int:
+    """How many threads may share so many pictures where nothing forbids it."""
+    return max(1, min(torch.get_num_threads(), num_rows // ROWS))
 
 
 def parts_of(batch: Batch, size: int | None) -> Iterator[tuple[Batch, float]]:
