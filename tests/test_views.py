@@ -55,6 +55,7 @@ METHODS = {
     "add in pixels, with R1 in every step": lambda: tiny_add("losses.distance=pixel", "losses.r1_every=1"),
     "add of a part of the picture": lambda: tiny_add("discriminator.crop=0.5", "discriminator.real=reconstructed"),
     "add of Stable Diffusion": lambda: tiny_add(family="sd", kind="v_prediction", zero_snr=True),
+    "add with gradient checkpointing": lambda: tiny_add("student.gradient_checkpointing=true"),
     "a LoRA student": lambda: tiny_add("student.lora.rank=2"),
     "anchors": anchoring,
     "a teacher": denoising,
