@@ -3,7 +3,8 @@
     python benchmarks/pack_embedded.py --teacher runs/pretrain/teacher --student runs/mini/student \\
         --judge runs/pretrain/judge/judge.safetensors
 
-Prints the size of all weights together (at most 40 MB).
+Prints the size of all weights together (at most 40 MB). `--mixed-with FOLDER --share 0.4` takes that share of each of the
+student's weights from another one, of the same training some rounds before.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("teacher", "student", "judge"):
         parser.add_argument(f"--{name}", type=Path)
+    parser.add_argument("--mixed-with", type=Path, help="a student of an earlier round")
+    parser.add_argument("--share", type=float, default=0.4, help="of the earlier student")
     options = parser.parse_args()
     out = weights_folder()
     if options.teacher:
@@ -32,8 +35,11 @@ def main() -> None:
         card = (options.teacher / "README.md").read_text("utf-8")
         export_folder(pipeline, out / "teacher", card=card, dtype=torch.float16)
     if options.student:
-        unet = UNet2DConditionModel.from_pretrained(options.student, subfolder="unet").half()
-        unet.save_pretrained(out / "student" / "unet")
+        unet = UNet2DConditionModel.from_pretrained(options.student, subfolder="unet")
+        if options.mixed_with:
+            earlier = UNet2DConditionModel.from_pretrained(options.mixed_with, subfolder="unet").state_dict()
+            unet.load_state_dict({name: w.lerp(earlier[name], options.share) for name, w in unet.state_dict().items()})
+        unet.half().save_pretrained(out / "student" / "unet")
         forget_origins(out / "student" / "unet")
         shutil.copy(options.student / "README.md", out / "student" / "README.md")
     if options.judge:
