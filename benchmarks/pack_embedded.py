@@ -3,8 +3,8 @@
     python benchmarks/pack_embedded.py --teacher runs/pretrain/teacher --student runs/mini/student \\
         --judge runs/pretrain/judge/judge.safetensors
 
-Prints the size of all weights together (at most 40 MB). `--mixed-with FOLDER --share 0.4` takes that share of each of the
-student's weights from another one, of the same training some rounds before.
+Prints the size of all weights together (at most 40 MB). `--mixed-with FOLDER --share 0.4` takes that share of each of
+the student's weights from another one, of the same training a round before.
 """
 
 from __future__ import annotations

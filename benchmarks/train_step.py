@@ -161,10 +161,12 @@ class Bench:
         return time.perf_counter() - started
 
     def operations(self) -> int:
-        """Of one step without recomputation, by PyTorch's counter."""
-        counter = FlopCounterMode(display=False, custom_mapping=CPU_FORMULAS)
+        """Of one step without recomputation, by PyTorch's counter, which sees its own thread alone."""
+        counter, threads = FlopCounterMode(display=False, custom_mapping=CPU_FORMULAS), torch.get_num_threads()
+        torch.set_num_threads(1)
         with counter:
             self.step(Variant("counted"))
+        torch.set_num_threads(threads)
         return counter.get_total_flops()
 
     def memory(self, variant: Variant) -> int | None:

@@ -78,6 +78,7 @@ def gradients(name: str, *, divided: bool, monkeypatch) -> tuple[dict, dict]:
         monkeypatch.setattr(trainer.views, "count", lambda num_rows: 1)
     players = trainer.method.players
     trainer._backward(batch(), frozenset(players), 1.0, terms)
+    trainer.views.give_gradients(players)
     assert len(trainer.views.made) == 2 * divided
     found = {f"{n}/{key}": p.grad for n, one in players.items() for key, p in one.module.named_parameters()}
     return found, terms
@@ -109,6 +110,15 @@ def steps(count: int, *, divided: bool = True) -> Trainer:
     for _, _ in zip(range(count), trainer.run(endless(8)), strict=False):
         pass
     return trainer
+
+
+def test_micro_batches_add_up_in_the_views():
+    whole, parts = (tiny_trainer("train.batch_size=16", *lines) for lines in ((), ("train.micro_batch_size=8",)))
+    for trainer in (whole, parts):
+        next(trainer.run(endless(16)))
+        assert all(p.grad is None for view in trainer.views.made for p in view.players[STUDENT].module.parameters())
+    for key, value in whole.method.players[STUDENT].module.state_dict().items():
+        torch.testing.assert_close(parts.method.players[STUDENT].module.state_dict()[key], value, atol=1e-7, rtol=1e-5)
 
 
 def test_views_follow_what_optimizers_and_spectral_norm_write():

@@ -67,8 +67,9 @@ def simulate(recipe: Recipe, architecture: Architecture, *, device: str = "cpu")
     operations = {name: count // micro_batch for name, count in tracker.operations.items()}
     activations = max(0, tracker.peak - gradients)
     threads = 1 if device != "cpu" or recipe.train.compile else threads_for(micro_batch)
-    sets = 1 if threads == 1 else threads + (micro_batch < recipe.train.batch_size)
-    return Simulation(weights, trained, activations, micro_batch, operations, tracker.recomputed // micro_batch, sets)
+    return Simulation(
+        weights, trained, activations, micro_batch, operations, tracker.recomputed // micro_batch, threads
+    )
 
 
 def start_gradients(method: ADD, tracker: Tracker) -> None:

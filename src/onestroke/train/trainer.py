@@ -22,7 +22,7 @@ from onestroke.train.optimizers import build_optimizer
 from onestroke.train.ranks import mean_of, num_ranks, rank
 from onestroke.train.sharding import average_gradients, gathered, local, outline, shard, sharded_copy
 from onestroke.train.speed import Speed
-from onestroke.train.views import Views, parts_of, take_gradients
+from onestroke.train.views import Views, parts_of
 from onestroke.types import Batch
 
 
@@ -105,6 +105,7 @@ class Trainer:
     def _try(self, batch: Batch, due: frozenset[str]) -> None:
         """A step's losses and their gradients, which are dropped."""
         self._backward(batch, due, 1.0, {})
+        self.views.give_gradients(sorted(due))
         for name in due:
             self.method.players[name].module.zero_grad(set_to_none=True)
 
@@ -113,6 +114,7 @@ class Trainer:
         terms: dict[str, Tensor] = {}
         for part, share in parts_of(batch, self.settings.micro_batch_size):
             self._backward(part, due, share, terms)
+        self.views.give_gradients(sorted(due))
         for name in sorted(due):
             average_gradients(players[name].module.parameters())
         terms = mean_of(terms)
@@ -126,7 +128,7 @@ class Trainer:
         return {key: value.item() for key, value in terms.items()} | {f"{n}/grad_norm": v for n, v in norms.items()}
 
     def _backward(self, batch: Batch, due: frozenset[str], share: float, terms: dict[str, Tensor]) -> None:
-        """Add the gradients of one micro-batch, which is `share` of the step's batch."""
+        """Add the gradients of one micro-batch, which is `share` of the step's batch; of several threads, to theirs."""
         shares = self.views.sharing(batch)
         gathered: list[dict[str, Tensor]] = [{} for _ in shares]
 
@@ -139,7 +141,6 @@ class Trainer:
                 backward(0)
             else:
                 mapped(backward, range(len(shares)), len(shares))
-                take_gradients(self.method.players, [method.players for method, _, _ in shares], sorted(due))
         for more in gathered:
             _gather(terms, more)
 

@@ -7,14 +7,14 @@ wait once a step, as processes would, without their copies of weights and optimi
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 
 from onestroke.divided import ROWS, may_be_shared
-from onestroke.train.method import Method, Player
+from onestroke.train.method import Method
 from onestroke.types import Batch
 
 
@@ -38,6 +38,15 @@ class Views:
         count = threads_for(num_rows)
         modules = [player.module for player in self.method.players.values()]
         return count if count > 1 and may_be_shared(*modules, *self.method.frozen) else 1
+
+    def give_gradients(self, names: Iterable[str]) -> None:
+        """Add what the views gathered for these players to the method's own gradients, always in the same order."""
+        for name in names:
+            parameters = list(self.method.players[name].module.parameters())
+            for view in self.made:
+                pairs = list(zip(parameters, view.players[name].module.parameters(), strict=True))
+                assert all(mine.data_ptr() == other.data_ptr() for mine, other in pairs), f"{name}'s weights have moved"
+                _add([(mine, other) for mine, other in pairs if other.grad is not None])
 
 
 def threads_for(num_rows: int) -> int:
@@ -69,17 +78,6 @@ def view_of(method: Method) -> Method:
 
 def _alike(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
-
-
-def take_gradients(players: Mapping[str, Player], views: Iterable[Mapping[str, Player]], names: Iterable[str]) -> None:
-    """Add what the views' players of these names gathered to the players' own gradients, always in the same order."""
-    for name in names:
-        parameters = list(players[name].module.parameters())
-        for view in views:
-            theirs = list(view[name].module.parameters())
-            for mine, other in zip(parameters, theirs, strict=True):
-                assert mine.data_ptr() == other.data_ptr(), f"{name}'s weights have moved"
-            _add([(p, o) for p, o in zip(parameters, theirs, strict=True) if o.grad is not None])
 
 
 def _add(pairs: list[tuple[nn.Parameter, nn.Parameter]]) -> None:
