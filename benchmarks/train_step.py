@@ -38,6 +38,7 @@ from onestroke.plan.untrained import untrained_method
 from onestroke.precision import autocast_dtype, named_frozen_precision
 from onestroke.randomness import normal, uniform
 from onestroke.train.trainer import Trainer, TrainSettings, _average, _clip, ema_decay
+from onestroke.train.views import Views
 from onestroke.types import Batch
 
 RECIPES = {"sdxl": "sdxl-anime", "sd15": "sd15"}  # of architectures; mini's settings for all others
@@ -137,6 +138,7 @@ class Bench:
         count, size = arguments.batch, arguments.size
         images, slots = torch.rand(count, 3, size, size) * 2 - 1, torch.arange(count, 2 * count)
         self.batch = Batch(images, ("a person",) * count, slots, torch.tensor([[size, size, 0, 0]] * count))
+        self.views: dict[Variant, Views] = {}
         self._start_optimizers()
 
     def step(self, variant: Variant) -> None:
@@ -150,6 +152,7 @@ class Bench:
         self.method.decode = Decoder(self.method.model, recipe)
         self.method.decode.tiny = self.tiny if variant.is_tiny else None
         self.trainer.settings = replace(self.trainer.settings, micro_batch_size=variant.micro_batch)
+        self.trainer.views = self.views.setdefault(variant, Views(self.method, divides=variant.micro_batch is None))
         plain_step(self.trainer, self.batch) if variant.is_plain else self.trainer._step(self.batch)
 
     def seconds(self, variant: Variant) -> float:

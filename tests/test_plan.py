@@ -114,7 +114,7 @@ def test_saving_memory_shows_and_its_price_does_too(folder):
 
 @pytest.mark.usefixtures("two_threads")
 def test_threads_that_share_a_batch_have_gradients_of_their_own(folder):
-    for sets, line in ((2, "train.batch_size=8"), (2, "train.micro_batch_size=8"), (1, "train.compile=true")):
+    for sets, line in ((2, "train.batch_size=8"), (1, "train.micro_batch_size=8"), (1, "train.compile=true")):
         recipe, simulation = planned(folder, "train.batch_size=16", line)
         assert simulation.gradient_sets == sets
         assert memory_by_part(recipe, simulation)["gradients"] == sets * 4 * sum(simulation.trained.values())

@@ -66,10 +66,9 @@ def simulate(recipe: Recipe, architecture: Architecture, *, device: str = "cpu")
             run_micro_batch(method, batch, AUTOCAST.get(recipe.train.precision), tracker, device=device)
     operations = {name: count // micro_batch for name, count in tracker.operations.items()}
     activations = max(0, tracker.peak - gradients)
-    threads = 1 if device != "cpu" or recipe.train.compile else threads_for(micro_batch)
-    return Simulation(
-        weights, trained, activations, micro_batch, operations, tracker.recomputed // micro_batch, threads
-    )
+    divides = device == "cpu" and not recipe.train.compile and recipe.train.micro_batch_size is None
+    sets = threads_for(micro_batch) if divides else 1
+    return Simulation(weights, trained, activations, micro_batch, operations, tracker.recomputed // micro_batch, sets)
 
 
 def start_gradients(method: ADD, tracker: Tracker) -> None:

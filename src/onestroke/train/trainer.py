@@ -65,7 +65,7 @@ class Trainer:
         self.optimizers = {
             name: build_optimizer(player.module, player.optimizer) for name, player in method.players.items()
         }
-        self.views = Views(method)
+        self.views = Views(method, divides=settings.micro_batch_size is None)
         self.earlier: dict[str, tuple[Mapping[str, Tensor], float]] = {}
         self.averages = {
             name: self._copy(name, player.module).requires_grad_(False)

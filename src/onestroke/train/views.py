@@ -19,10 +19,13 @@ from onestroke.types import Batch
 
 
 class Views:
-    """Who computes which pictures of a step; views are made when they are first needed."""
+    """Who computes which pictures of a step; views are made when they are first needed.
 
-    def __init__(self, method: Method) -> None:
-        self.method, self.made = method, []
+    `divides` is off where a batch comes in micro-batches: there memory counts, and threads need more of it.
+    """
+
+    def __init__(self, method: Method, *, divides: bool = True) -> None:
+        self.method, self.divides, self.made = method, divides, []
 
     def sharing(self, batch: Batch) -> list[tuple[Method, Batch, float]]:
         """The method, what it computes, and what share of the batch that is; of several threads, a view for each."""
@@ -37,7 +40,7 @@ class Views:
         """How many threads share a batch of so many pictures."""
         count = threads_for(num_rows)
         modules = [player.module for player in self.method.players.values()]
-        return count if count > 1 and may_be_shared(*modules, *self.method.frozen) else 1
+        return count if self.divides and count > 1 and may_be_shared(*modules, *self.method.frozen) else 1
 
     def give_gradients(self, names: Iterable[str]) -> None:
         """Add what the views gathered for these players to the method's own gradients, always in the same order."""
