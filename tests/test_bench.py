@@ -26,6 +26,24 @@ def test_bench_times_the_step_and_its_parts_and_leaves_the_player_trainable(weig
         assert all(parameter.grad is None and parameter.requires_grad for parameter in player.module.parameters())
 
 
+@pytest.mark.usefixtures("two_threads")
+def test_where_threads_share_the_step_they_share_its_parts(weights, monkeypatch):
+    made = []
+    monkeypatch.setattr(bench, "step_parts", lambda *a, build=bench.step_parts: made.append((a[0], build(*a))) or {})
+    bench.measure_step(load_recipe("mini", ["train.batch_size=8"]), rounds=0)
+    (trainer, parts), calls = made[0], []
+    for view in trainer.views.made:
+        view.student.unet.register_forward_hook(lambda module, given, output: calls.append(len(output[0])))
+    part = parts["student forward and backward"]
+    part.prepare()
+    part.run()
+    assert calls == [4, 4]
+    players = [view.players[bench.STUDENT].module for view in trainer.views.made]
+    assert all(parameter.grad is not None for player in players for parameter in player.parameters())
+    part.clean()
+    assert all(parameter.grad is None for player in players for parameter in player.parameters())
+
+
 @pytest.mark.parametrize(("real", "decodes"), [("reconstructed", 2), ("data", 1)])
 def test_decoder_and_features_are_timed_on_the_real_pictures_too(real, decodes, weights, monkeypatch):
     made = []

@@ -64,7 +64,12 @@ def test_how_many_threads_a_batch_is_divided_between(monkeypatch):
     pipeline = tiny_sdxl()
     assert num_parts(pipeline, 32) == 1  # one thread is there
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    assert [num_parts(pipeline, rows) for rows in (1, 7, 8, 15, 16, 64)] == [1, 1, 2, 3, 4, 4]
+    assert [num_parts(pipeline, rows) for rows in (1, 7, 8, 15, 16, 64)] == [1, 1, 2, 2, 4, 4]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    assert [num_parts(pipeline, rows) for rows in (8, 16, 23, 64)] == [2, 3, 3, 6]  # four would leave two cores idle
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert [num_parts(pipeline, rows) for rows in (16, 28)] == [1, 7]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     assert num_parts(lambda **settings: None, 64) == 1  # no pipeline of diffusers
     with torch.autocast("cpu", torch.bfloat16):
         assert num_parts(pipeline, 64) == 1

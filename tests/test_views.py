@@ -142,6 +142,8 @@ def test_a_view_shares_every_weight_and_no_gradient():
     view.players[STUDENT].module.requires_grad_(False)
     assert all(p.requires_grad for p in method.players[STUDENT].module.parameters())
     assert view.model.tokenizers[0] is not method.model.tokenizers[0]
+    one = anchoring()
+    assert view_of(one).anchors is one.anchors  # what may be gigabytes
 
 
 def test_few_pictures_are_not_divided_nor_what_processes_share_or_is_compiled(monkeypatch):

@@ -31,12 +31,19 @@ def num_parts(pipeline: DiffusionPipeline, num_rows: int) -> int:
     That is on a GPU, under autocast (which is a thread's own), in a run of several processes (whose modules may
     communicate, in one order) and where modules are compiled.
     """
-    parts = min(torch.get_num_threads(), num_rows // ROWS)
+    parts = threads_for(num_rows)
     if parts < 2 or not hasattr(pipeline, "encode_prompt") or torch.is_autocast_enabled("cpu"):
         return 1
     if pipeline._execution_device.type != "cpu":  # where offloaded weights are not
         return 1
     return parts if may_be_shared(pipeline.unet, pipeline.vae) else 1
+
+
+def threads_for(num_rows: int) -> int:
+    """How many threads may share so many rows where nothing forbids it: as many cores each, and no core left over."""
+    cores = torch.get_num_threads()
+    most = max(1, min(cores, num_rows // ROWS))
+    return next(count for count in range(most, 0, -1) if cores % count == 0)
 
 
 def may_be_shared(*modules: nn.Module) -> bool:

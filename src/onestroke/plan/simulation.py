@@ -14,11 +14,11 @@ from onestroke.config import Recipe
 from onestroke.distill.add import ADD, DISCRIMINATOR, STUDENT
 from onestroke.distill.crops import Crops
 from onestroke.distill.frozen import float8_bytes
+from onestroke.divided import threads_for
 from onestroke.plan.architecture import Architecture
 from onestroke.plan.tracker import Tracker, cuda_casts
 from onestroke.plan.untrained import Parts, materialise, untrained_method
 from onestroke.precision import training_attention
-from onestroke.train.views import threads_for
 from onestroke.types import Batch
 
 LATENTS, IMAGE_EMBEDDINGS, TEXT_EMBEDDINGS = "encode pictures", "image embeddings", "text embeddings"

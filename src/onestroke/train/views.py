@@ -13,7 +13,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from onestroke.divided import ROWS, may_be_shared
+from onestroke.divided import may_be_shared, threads_for
 from onestroke.train.method import Method
 from onestroke.types import Batch
 
@@ -50,11 +50,6 @@ class Views:
                 pairs = list(zip(parameters, view.players[name].module.parameters(), strict=True))
                 assert all(mine.data_ptr() == other.data_ptr() for mine, other in pairs), f"{name}'s weights have moved"
                 _add([(mine, other) for mine, other in pairs if other.grad is not None])
-
-
-def threads_for(num_rows: int) -> int:
-    """How many threads may share so many pictures where nothing forbids it."""
-    return max(1, min(torch.get_num_threads(), num_rows // ROWS))
 
 
 def parts_of(batch: Batch, size: int | None) -> Iterator[tuple[Batch, float]]:
