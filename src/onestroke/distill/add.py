@@ -260,9 +260,7 @@ class ADD:
         """Hinge loss plus R1 on each head's input features of real pictures (eq. 3)."""
         gamma = rollout.r1_gamma
         real_features = r1_features(rollout.real) if gamma else rollout.real
-        conditions = (rollout.c_text, rollout.c_img, rollout.has_image)
-        real = self.heads(real_features, *conditions)
-        fake = self.heads([feature.detach() for feature in rollout.fake], *conditions)
+        real, fake = self._judged(real_features, [feature.detach() for feature in rollout.fake], rollout)
         hinge = hinge_loss(real, fake)
         terms = {"hinge": hinge.detach()}
         for k, (r, f) in enumerate(zip(real, fake, strict=True)):
@@ -272,6 +270,16 @@ class ADD:
             return Loss(hinge, terms)
         penalty = r1_penalty(real, real_features, gamma=gamma)
         return Loss(hinge + penalty, terms | {"r1": penalty.detach()})
+
+    def _judged(self, real: list[Tensor], fake: list[Tensor], rollout: Rollout) -> tuple[list[Tensor], list[Tensor]]:
+        """Logits of both sets of pictures: in one call, unless R1 is to differentiate those of the real ones alone."""
+        conditions = (rollout.c_text, rollout.c_img, rollout.has_image)
+        if rollout.r1_gamma:
+            return self.heads(real, *conditions), self.heads(fake, *conditions)
+        both = [torch.cat(pair) for pair in zip(real, fake, strict=True)]
+        logits = self.heads(both, *(None if c is None else c.repeat(2, *[1] * (c.ndim - 1)) for c in conditions))
+        halves = [head.chunk(2) for head in logits]
+        return [half[0] for half in halves], [half[1] for half in halves]
 
 
 def _player(module: nn.Module, recipe: OptimizerRecipe, *, ema_images: float | None = None) -> Player:

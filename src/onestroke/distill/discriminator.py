@@ -5,6 +5,7 @@ The heads are StyleGAN-T's (arXiv 2301.09515, section 3.2), written from the des
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -13,12 +14,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
 
 Conditioning = Literal["none", "text", "image", "both"]
 
 PROJECTION_DIM = 64  # StyleGAN-T: the last convolution's channels, and the sqrt(64) that the logits are divided by
 LEAK = 0.2
+FIRST_ITERATIONS = 18  # of the power method, before training
 
 
 class Discriminator(nn.Module):
@@ -135,33 +136,40 @@ class Head(nn.Module):
 
 
 class SpectralConv(nn.Module):
-    """A circular convolution of stride 1 under spectral norm (arXiv 1802.05957) that forward passes never advance."""
+    """A circular convolution of stride 1 under spectral norm (arXiv 1802.05957) that forward passes never advance.
+
+    `conv(x, W) / sigma + bias` instead of `conv(x, W / sigma) + bias`, with `sigma = u^T W v`: where a map is smaller
+    than its kernel's weights, dividing these, both ways, takes longer than the convolution.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int]) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel)
-        spectral_norm(self.conv)
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> SpectralConv:
-        """As any module, but the parametrisation stays in eval mode: in train mode it iterates at every access."""
-        super().train(mode)
-        self.conv.get_submodule("parametrizations").eval()
-        return self
+        plain = nn.Conv2d(in_channels, out_channels, kernel)
+        self.weight, self.bias = plain.weight, plain.bias
+        self.register_buffer("u", F.normalize(torch.randn(out_channels), dim=0))  # left and right singular vectors
+        self.register_buffer("v", F.normalize(torch.randn(in_channels * math.prod(kernel)), dim=0))
+        for _ in range(FIRST_ITERATIONS):
+            self.advance()
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b _ h w"]:
-        with torch.autocast(x.device.type, enabled=False):  # the norm itself in full precision
-            weight = self.conv.weight
-        kernel_h, kernel_w = weight.shape[-2:]
+        kernel_h, kernel_w = self.weight.shape[-2:]
         x = circular_pad(circular_pad(x, kernel_h // 2, dim=-2), kernel_w // 2, dim=-1)
-        return F.conv2d(x, weight, self.conv.bias)
+        y = F.conv2d(x, self.weight)
+        return y / self.sigma() + rearrange(self.bias, "c -> c 1 1").to(y.dtype)
 
+    def sigma(self) -> Float[Tensor, ""]:
+        """The weight's largest singular value, as far as the power iteration has come; in the weight's precision."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            # Clones: `advance` may write to the vectors before the backward pass.
+            return self.u.clone() @ (self.weight.flatten(1) @ self.v.clone())
+
+    @torch.no_grad()
     def advance(self) -> None:
-        """One power iteration; no gradient."""
-        self.conv.get_submodule("parametrizations").train()
-        with torch.no_grad(), torch.autocast(next(self.parameters()).device.type, enabled=False):
-            _ = self.conv.weight  # accessing it in train mode iterates
-        self.conv.get_submodule("parametrizations").eval()
+        """One power iteration."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            matrix = self.weight.flatten(1)
+            self.u.copy_(F.normalize(matrix @ self.v, dim=0))
+            self.v.copy_(F.normalize(matrix.T @ self.u, dim=0))
 
 
 def circular_pad(x: Tensor, padding: int, *, dim: int) -> Tensor:
