@@ -18,14 +18,16 @@ from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from rich.console import Console
 
 from onestroke.commands.bench import latency_table
-from onestroke.commands.quiet import cap_threads, quiet_libraries
+from onestroke.commands.machine import use_machine
+from onestroke.commands.quiet import quiet_libraries
 from onestroke.embedded import weights_folder
 from onestroke.evaluate.drawing import PROMPTS, part_timer, time_parts
 from onestroke.evaluate.latency import Contender, measure_latency
 from onestroke.export import student_pipeline
+from onestroke.fast import make_fast
 from onestroke.plan.architecture import architecture_of
 from onestroke.plan.untrained import tiny_autoencoder_for
-from onestroke.sample import draw, make_fast
+from onestroke.sample import draw
 
 GUIDANCE = 5.0
 
@@ -81,7 +83,7 @@ def main() -> None:
     parser.add_argument("--out", help="write the figures as JSON")
     arguments = parser.parse_args()
     quiet_libraries()
-    cap_threads()
+    use_machine()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipelines = pipelines_of(arguments.architecture, device, skip=set(arguments.skip.split(",")))
     timer = part_timer(pipelines["eager"])

@@ -33,7 +33,8 @@ import torch
 import websockets
 from PIL import Image
 
-from onestroke.commands.quiet import cap_threads, quiet_libraries
+from onestroke.commands.machine import use_machine
+from onestroke.commands.quiet import quiet_libraries
 from onestroke.commands.serve import drawer_of
 from onestroke.serve.order import Order
 
@@ -294,7 +295,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5.0)
     args = parser.parse_args()
     quiet_libraries()
-    cap_threads()
+    use_machine()
     parts = args.parts or list(PARTS)
     if unknown := set(parts) - set(PARTS):
         parser.error(f"there is no part {', '.join(sorted(unknown))}: choose of {', '.join(PARTS)}")

@@ -26,7 +26,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from onestroke.commands.quiet import cap_threads, quiet_libraries
+from onestroke.commands.machine import use_machine
+from onestroke.commands.quiet import quiet_libraries
 from onestroke.commands.serve import drawer_of
 from onestroke.data.comicset.character import Character, draw_character, generator
 from onestroke.data.comicset.render import render
@@ -170,7 +171,7 @@ def main() -> None:
     if unknown := set(ways) - set(WAYS):
         parser.error(f"there is no way {', '.join(sorted(unknown))}: choose of {', '.join(WAYS)}")
     quiet_libraries()
-    cap_threads()
+    use_machine()
     teacher = options.model == TEACHER
     drawer = drawer_of(options.model, steps=25 if teacher else 1, guidance=GUIDANCE if teacher else 0.0)
     edits, judge = edits_of(options.edits), embedded_judge()

@@ -25,7 +25,8 @@ import torch
 import uvicorn
 from playwright.sync_api import Page, sync_playwright
 
-from onestroke.commands.quiet import cap_threads, quiet_libraries
+from onestroke.commands.machine import use_machine
+from onestroke.commands.quiet import quiet_libraries
 from onestroke.commands.serve import drawer_of
 from onestroke.serve.app import build_app
 from onestroke.serve.batcher import Pace
@@ -188,7 +189,7 @@ def main() -> None:
     if chromium is None:
         sys.exit("there is no Chromium: apt-get install chromium")
     quiet_libraries()
-    cap_threads()
+    use_machine()
     drawer = drawer_of(args.model)
     parts = PartTimes(drawer)
     with serving(drawer) as address, sync_playwright() as playwright:

@@ -24,7 +24,8 @@ from statistics import median
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from onestroke.commands.quiet import cap_threads, quiet_libraries
+from onestroke.commands.machine import use_machine
+from onestroke.commands.quiet import quiet_libraries
 from onestroke.compiler import compile_blocks
 from onestroke.config import DecodeRecipe, load_recipe, recipe_from
 from onestroke.distill.add import DISCRIMINATOR, STUDENT, Rollout
@@ -224,7 +225,7 @@ def main() -> None:
     arguments.size = arguments.size or (128 if is_embedded else 512)
     arguments.batch = arguments.batch or (16 if is_embedded else 4)
     quiet_libraries()
-    cap_threads()
+    use_machine()
     known = variants_of(arguments.batch)
     names = arguments.variants.split(",")
     if not set(names) <= set(known):

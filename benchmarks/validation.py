@@ -17,14 +17,15 @@ from pathlib import Path
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 from onestroke.api import load
-from onestroke.commands.quiet import cap_threads, quiet_libraries
+from onestroke.commands.machine import use_machine
+from onestroke.commands.quiet import quiet_libraries
 from onestroke.embedded import embedded_judge
 from onestroke.embedded.held_out import JUDGE, comic_pictures, comic_prompts, judged, value_namer
 from onestroke.evaluate.adherence import adherence
 from onestroke.evaluate.distances import frechet_distance
 from onestroke.evaluate.drawn import PictureCache
 from onestroke.evaluate.pictures import DrawnSet, orders_of, ways_of
-from onestroke.sample import make_fast
+from onestroke.fast import make_fast
 
 SAMPLERS = {"euler": EulerDiscreteScheduler, "ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
 
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("runs/validation"))
     options = parser.parse_args()
     quiet_libraries()
-    cap_threads()
+    use_machine()
     judge, pipeline = embedded_judge(), make_fast(load(options.model))
     own = pipeline.scheduler
     prompts = comic_prompts(options.num_images, split="validation")

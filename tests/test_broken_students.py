@@ -16,7 +16,8 @@ from onestroke.evaluate.intervals import paired_bootstrap
 from onestroke.evaluate.observer import looks
 from onestroke.evaluate.pictures import DrawnSet, Order, Way
 from onestroke.evaluate.scored import Networks
-from onestroke.sample import draw, make_fast
+from onestroke.fast import make_fast
+from onestroke.sample import draw
 
 CPU = torch.device("cpu")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 
 from onestroke import cli
 from onestroke.commands import generate
-from onestroke.commands.quiet import cap_threads
+from onestroke.commands.machine import cap_threads
 from onestroke.errors import OnestrokeError
 
 ROOT = Path(__file__).parents[1]
@@ -58,6 +59,31 @@ def test_threads_are_as_many_as_the_cores_and_fewer_where_the_user_says_so(varia
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="glibc's allocator")
+def test_memory_that_is_let_go_is_kept_unless_the_user_says_how():
+    """Counted in page faults of ten blocks, one after the other, in a process of its own."""
+
+    def faults(environment: dict[str, str]) -> int:
+        plain = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+        command = [sys.executable, "-c", BLOCKS]
+        return int(subprocess.check_output(command, env=plain | environment, text=True))
+
+    size = 64 * 2**20 // 4096  # pages of a block
+    assert faults({}) < 2 * size
+    assert faults({"MALLOC_MMAP_THRESHOLD_": "65536"}) >= 9 * size
+
+
+BLOCKS = """
+import resource
+from onestroke.commands.machine import keep_memory
+keep_memory()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    b"x" * (64 * 2**20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
 
 
 def test_errors_of_commands_are_the_users_kind():

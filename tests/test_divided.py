@@ -11,7 +11,8 @@ from pipelines import tiny_sd, tiny_sdxl
 from onestroke import divided, sample
 from onestroke.divided import num_parts
 from onestroke.evaluate.latency import PartTimer
-from onestroke.sample import draw, make_fast
+from onestroke.fast import make_fast
+from onestroke.sample import draw
 
 PROMPTS = [f"a {word} person" for word in ("sad", "glad", "mad", "tall", "small", "old", "young", "kind", "odd")]
 

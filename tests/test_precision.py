@@ -12,8 +12,9 @@ from tiny_runs import tiny_batch, tiny_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from onestroke.embedded import embedded_student
+from onestroke.fast import make_fast
 from onestroke.precision import autocast_dtype, cpu_has_bfloat16, fast_dtype, training_attention
-from onestroke.sample import draw, make_fast
+from onestroke.sample import draw
 from onestroke.train.optimizers import orthogonalised
 
 

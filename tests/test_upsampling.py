@@ -5,7 +5,7 @@ import torch
 from diffusers.models.upsampling import Upsample2D
 from pipelines import tiny_sdxl
 
-from onestroke.sample import make_fast
+from onestroke.fast import make_fast
 from onestroke.upsampling import merge_upsampling, merged_weight
 
 

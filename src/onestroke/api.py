@@ -31,8 +31,8 @@ from onestroke.distill.add import STUDENT
 from onestroke.distill.lora import Adapter
 from onestroke.export import export_folder, student_pipeline
 from onestroke.families.model import DiffusionModel
+from onestroke.fast import make_fast
 from onestroke.lora import factors_of, merge_lora, save_lora
-from onestroke.sample import make_fast
 from onestroke.train.anchoring import anchors_of, learn_anchors, weights_after_anchors
 from onestroke.train.evaluation import BEST, Evaluation, Tell, baseline_of
 from onestroke.train.folder import check_recipe

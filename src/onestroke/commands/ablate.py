@@ -41,8 +41,9 @@ from onestroke.ablation.study import (
 )
 from onestroke.ablation.table import Measured, Row, claims_of, rows_of
 from onestroke.api import distill, load
+from onestroke.commands.machine import use_machine
 from onestroke.commands.progress import Display
-from onestroke.commands.quiet import cap_threads, quiet_libraries
+from onestroke.commands.quiet import quiet_libraries
 from onestroke.embedded import STUDENT, TEACHER, embedded_judge
 from onestroke.errors import NonFiniteLoss, RecipeError
 
@@ -83,7 +84,7 @@ def run_ablate(study: Study, out: Path, *, minutes: float | None, command: str, 
     Each run has its own folder: finished ones are not run again, an interrupted one goes on from its checkpoint.
     """
     quiet_libraries()
-    cap_threads()
+    use_machine()
     entries = entries_of(study)
     runs = runs_of(entries)
     _print(console, f"{study.title}: {len(runs)} runs of {_num_images(runs):,} pictures, measured on {study.count:,}")

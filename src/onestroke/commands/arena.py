@@ -14,7 +14,8 @@ from onestroke.arena.order import make_trials
 from onestroke.arena.pairs import Contestant, Pair, draw_pairs, stamp_of
 from onestroke.arena.votes import VoteLog, read_votes
 from onestroke.build import device_of
-from onestroke.commands.quiet import cap_threads, quiet_libraries
+from onestroke.commands.machine import use_machine
+from onestroke.commands.quiet import quiet_libraries
 from onestroke.embedded import GUIDANCE, STUDENT, TEACHER, weights_folder
 from onestroke.embedded.held_out import comic_prompts
 from onestroke.errors import DataError, RecipeError, ResourceError
@@ -127,7 +128,7 @@ def _drawn(
 ) -> tuple[Pair, ...]:
     def ready(model: str) -> DiffusionPipeline:
         quiet_libraries()
-        cap_threads()
+        use_machine()
         pipeline = load(model)
         pipeline.to(device_of("auto"))
         pipeline.set_progress_bar_config(disable=True)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from onestroke.api import load
 from onestroke.build import add_trainer, source_of, teacher_of
-from onestroke.commands.quiet import cap_threads, quiet_libraries
+from onestroke.commands.machine import use_machine
+from onestroke.commands.quiet import quiet_libraries
 from onestroke.config import Recipe, load_recipe
 from onestroke.data.loader import batches
 from onestroke.distill.add import ADD, DISCRIMINATOR, STUDENT, Rollout
@@ -56,7 +57,7 @@ class Part:
 def run_train_step(batch_size: int, rounds: int, console: Console) -> None:
     """Time the step of the recipe `mini` and its parts in turn; print medians, their sums and the step over each."""
     quiet_libraries()
-    cap_threads()
+    use_machine()
     recipe = load_recipe("mini", [f"train.batch_size={batch_size}"])
     times = measure_step(recipe, rounds=rounds)
     console.print(step_table(times, title=f"ADD step, batch {batch_size}, {recipe.data.size} px, {rounds} rounds"))
@@ -312,7 +313,7 @@ def _fill_gradients(trainer: Trainer) -> None:
 def run_inference(rounds: int, console: Console, *, guidance: float = GUIDANCE, teacher_steps: int = 50) -> None:
     """Time the embedded student at 1, 2 and 4 steps beside the guided teacher, at batch 1 and 16."""
     quiet_libraries()
-    cap_threads()
+    use_machine()
     student, teacher = load(EMBEDDED_STUDENT), load(TEACHER)
     timer = part_timer(teacher)
     ways = contenders(student, teacher, timer, guidance=guidance, teacher_steps=teacher_steps)

@@ -16,8 +16,9 @@ from onestroke.commands.evaluate import (
     SHOWN_PROMPTS,
 )
 from onestroke.commands.evaluate_output import EvaluationDisplay, machine_facts, print_report
+from onestroke.commands.machine import use_machine
 from onestroke.commands.progress import Display
-from onestroke.commands.quiet import cap_threads, quiet_libraries
+from onestroke.commands.quiet import quiet_libraries
 from onestroke.config import Recipe, load_recipe
 from onestroke.embedded import GUIDANCE, TEACHER, embedded_judge
 from onestroke.embedded.held_out import JUDGE, comic_pictures, comic_prompts, judge_observer, value_namer
@@ -41,7 +42,7 @@ from onestroke.evaluate.observer import looks
 from onestroke.evaluate.plots import Chart, Series
 from onestroke.evaluate.report import Report, write_report
 from onestroke.evaluate.scored import Networks
-from onestroke.sample import make_fast
+from onestroke.fast import make_fast
 from onestroke.train.folder import RECIPE
 from onestroke.train.tracking import read_metrics
 
@@ -65,7 +66,7 @@ SHORT_NOTE = Note(
 def run_demo(out: Path, *, minutes: float, seed: int, console: Console) -> Report:
     """Distil for `minutes`, then measure; leaves the student, logs and report.html in `out`."""
     quiet_libraries()
-    cap_threads()
+    use_machine()
     recipe = demo_recipe(out, minutes=minutes, seed=seed)
     console.print(
         f"ADD on the embedded comic pictures for {minutes:g} minutes, seed {seed}; stop with Ctrl-C, run again "

@@ -15,8 +15,9 @@ from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from rich.console import Console
 
 from onestroke.api import distill
+from onestroke.commands.machine import use_machine
 from onestroke.commands.progress import Display
-from onestroke.commands.quiet import cap_threads, quiet_libraries
+from onestroke.commands.quiet import quiet_libraries
 from onestroke.config import Recipe, load_recipe
 from onestroke.embedded import STUDENT, TEACHER
 from onestroke.errors import RecipeError
@@ -43,7 +44,7 @@ def run_distill(
 ) -> None:
     """Resolve the recipe, distil with progress, and say where the student is and what to try next."""
     quiet_libraries()
-    cap_threads()
+    use_machine()
     with joined():
         console = console if rank() == 0 else Console(quiet=True)
         _distil(recipe, teacher, student, data, overrides, minutes, out, console)

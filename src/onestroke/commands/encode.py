@@ -10,7 +10,8 @@ from rich.progress import Progress
 
 from onestroke.build import kept_dtype, sizes_of, source_of, teacher_of
 from onestroke.commands.distill import resolve_recipe
-from onestroke.commands.quiet import cap_threads, quiet_libraries
+from onestroke.commands.machine import use_machine
+from onestroke.commands.quiet import quiet_libraries
 from onestroke.config import Recipe
 from onestroke.data.buckets import Buckets, one_bucket
 from onestroke.data.facts import measured_sizes
@@ -29,7 +30,7 @@ def run_encode(
 ) -> None:
     """Encode `data` as a distillation by the same recipe reads it; say what was done, and how it is used."""
     quiet_libraries()
-    cap_threads()
+    use_machine()
     resolved = resolve_recipe(recipe, teacher, None, data, overrides)
 
     def tell(line: str) -> None:

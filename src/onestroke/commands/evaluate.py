@@ -16,7 +16,8 @@ from onestroke.build import device_of
 from onestroke.card import with_evaluation
 from onestroke.commands.evaluate_output import EvaluationDisplay, machine_facts, print_report
 from onestroke.commands.evaluate_request import COMICSET, Request, command_of, completed, student_recipe
-from onestroke.commands.quiet import cap_threads, quiet_libraries
+from onestroke.commands.machine import use_machine
+from onestroke.commands.quiet import quiet_libraries
 from onestroke.config import Recipe
 from onestroke.data.address import is_remote
 from onestroke.data.folder import FolderSource, open_folder
@@ -96,7 +97,7 @@ def run_evaluate(request: Request, *, console: Console) -> bool:
     request = completed(request, recipe)
     prompts = None if request.prompts is None else shuffled(read_prompts(request.prompts))
     quiet_libraries()
-    cap_threads()
+    use_machine()
     models = load_models(request, recipe)
     task = task_of(request, models, prompts, console=console)
     looking = looking_of(request, recipe, device=models.student.device)

@@ -15,7 +15,8 @@ from rich.console import Console
 from onestroke import __version__
 from onestroke.api import load
 from onestroke.build import device_of
-from onestroke.commands.quiet import cap_threads, quiet_libraries
+from onestroke.commands.machine import use_machine
+from onestroke.commands.quiet import quiet_libraries
 from onestroke.embedded import STUDENT, TEACHER
 from onestroke.embedded.vocabulary import unknown_words
 from onestroke.errors import RecipeError, ResourceError
@@ -48,7 +49,7 @@ def run_generate(
         if side is not None and (side < 8 or side % 8):
             raise RecipeError(f"{side} pixels cannot be drawn", where=name, fix="Give a multiple of 8.")
     quiet_libraries()
-    cap_threads()
+    use_machine()
     pipeline = load(model)
     pipeline.to(device_of("auto"))
     pipeline.set_progress_bar_config(disable=True)

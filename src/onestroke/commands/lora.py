@@ -7,7 +7,8 @@ from pathlib import Path
 from rich.console import Console
 
 from onestroke.build import pipeline_of
-from onestroke.commands.quiet import cap_threads, quiet_libraries
+from onestroke.commands.machine import use_machine
+from onestroke.commands.quiet import quiet_libraries
 from onestroke.families.load import from_pipeline
 from onestroke.lora import extract_lora, num_parameters, save_lora
 
@@ -15,7 +16,7 @@ from onestroke.lora import extract_lora, num_parameters, save_lora
 def run_lora_extract(student: str, teacher: str, out: Path, *, rank: int, console: Console) -> None:
     """Write `out/pytorch_lora_weights.safetensors` and `out/kohya.safetensors`, and say how much they hold."""
     quiet_libraries()
-    cap_threads()
+    use_machine()
     ours, theirs = (from_pipeline(pipeline_of(name), source=name) for name in (student, teacher))
     found = extract_lora(ours.unet, theirs.unet, rank=rank)
     is_sdxl = theirs.family.name == "sdxl"

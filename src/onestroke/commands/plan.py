@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from onestroke.build import device_of
-from onestroke.commands.quiet import cap_threads, quiet_libraries
+from onestroke.commands.machine import use_machine
+from onestroke.commands.quiet import quiet_libraries
 from onestroke.config import Recipe, load_recipe, recipe_from
 from onestroke.embedded import STUDENT, TEACHER, weights_folder
 from onestroke.errors import ResourceError
@@ -28,7 +29,7 @@ SLOWEST_MEASURED = 1e12  # operations a step: with more, this machine's CPU woul
 def run_plan(recipe: str, overrides: list[str], device: str | None, count: int, *, console: Console) -> None:
     """Print memory by part, the step's time and the run's, and what to change where it does not fit."""
     quiet_libraries()
-    cap_threads()
+    use_machine()
     resolved = load_recipe(recipe, overrides)
     planned = plan_of(resolved, device=device, count=count)
     room = device_called(device).memory if device else machine_memory(resolved)

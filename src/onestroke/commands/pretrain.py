@@ -12,8 +12,9 @@ import torch
 from rich.console import Console
 
 from onestroke.build import COMICSET_IMAGES, device_of
+from onestroke.commands.machine import use_machine
 from onestroke.commands.progress import Display
-from onestroke.commands.quiet import cap_threads, quiet_libraries
+from onestroke.commands.quiet import quiet_libraries
 from onestroke.config import PretrainRecipe
 from onestroke.data.comicset.dataset import ComicSource
 from onestroke.data.opening import open_pictures
@@ -46,7 +47,7 @@ def run_pretrain(
 ) -> None:
     """Train what is not trained yet, for `minutes` in all, and say what to do next."""
     quiet_libraries()
-    cap_threads()
+    use_machine()
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     source = pictures(data, size=recipe.size, console=console)
     machine = Machine(device_of(device), num_workers=max(1, torch.get_num_threads() - 1))

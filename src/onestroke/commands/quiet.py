@@ -27,20 +27,3 @@ def quiet_libraries() -> None:
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
-
-
-def cap_threads() -> None:
-    """As many threads as there are cores for this process (a container may show more than it grants).
-
-    Fewer where OMP_NUM_THREADS says so. Processes that torchrun started on one machine share its cores; there
-    OMP_NUM_THREADS is torchrun's own 1.
-    """
-    import torch
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        cores = max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"]))
-    elif "OMP_NUM_THREADS" in os.environ:
-        cores = min(cores, torch.get_num_threads())
-    if torch.get_num_threads() != cores:
-        torch.set_num_threads(cores)

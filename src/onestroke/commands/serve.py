@@ -16,7 +16,8 @@ from rich.console import Console
 from onestroke import __version__
 from onestroke.api import load
 from onestroke.build import device_of
-from onestroke.commands.quiet import cap_threads, quiet_libraries
+from onestroke.commands.machine import use_machine
+from onestroke.commands.quiet import quiet_libraries
 from onestroke.embedded import GUIDANCE, STUDENT, TEACHER
 from onestroke.embedded.vocabulary import completions, unknown_words
 from onestroke.errors import RecipeError, ResourceError
@@ -101,7 +102,7 @@ def app_of(offer: Offer, *, replica: Replica | None = None) -> FastAPI:
     from onestroke.serve.order import Limits
 
     quiet_libraries()
-    cap_threads()
+    use_machine()
     limits, address, house = Limits(), offer.address, offer.house
     names = {name.lower() for name in (address.host, *address.names)} - {"0.0.0.0", "::"}
     return build_app(
