@@ -6,13 +6,15 @@ Each edit is a panel of the studio: a held-out character's sheet (hair, its colo
 an expression, a gesture and a background, and a style. The edit changes the expression, the background or both; the
 seed is locked. The judge reads the panel before and after. For each way to draw the edited panel:
 
-kept    of the sheet's attributes, those that the judge reads after the edit as before it (goal 95%)
+survive of the sheet's attributes that the panel shows, those that it still shows after the edit (goal 95%)
+kept    of all the sheet's attributes, those that the judge reads after the edit as before it, right or wrong
 all     of the edits, those after which every attribute of the sheet is read as before
 shown   of the sheet's attributes, those that the edited panel shows as the sheet says
 edit    of the changed words, those that the edited panel shows
 
-Each is a mean over edits with a 95% bootstrap interval. `kept` alone can be had by never changing anything: read it
-beside `shown` and `edit`. "real" draws both panels with the artists' own parts: what the judge's own errors cost.
+Each is a mean over edits with a 95% bootstrap interval. `survive` says whether an edit loses what the artist saw, and
+`shown` what the model got wrong from the start, which an edit may set right. Both can be had by never changing
+anything: read them beside `edit`. "real" draws both panels with the artists' own parts: what the judge's errors cost.
 """
 
 from __future__ import annotations
@@ -153,11 +155,15 @@ def measured(
 ) -> dict[str, Interval]:
     """What the docstring's words mean; `before` and `after` are the judge's readings."""
     rows = list(zip(edits, before, after, strict=True))
+    survive = [
+        [two[name] == value for name, value in edit.sheet.items() if one[name] == value] for edit, one, two in rows
+    ]
     kept = [[one[name] == two[name] for name in edit.sheet] for edit, one, two in rows]
     shown = [[two[name] == value for name, value in edit.sheet.items()] for edit, _, two in rows]
     changed = [[two[name] == edit.after.values[name] for name in edit.changed] for edit, _, two in rows]
-    scores = {"kept": kept, "all": [[all(row)] for row in kept], "shown": shown, "edit": changed}
-    return {name: paired_bootstrap(np.array([np.mean(row) for row in found])) for name, found in scores.items()}
+    whole = [[all(row)] for row in kept]
+    scores = {"survive": survive, "kept": kept, "all": whole, "shown": shown, "edit": changed}
+    return {name: paired_bootstrap(np.array([np.mean(row) for row in found if row])) for name, found in scores.items()}
 
 
 def main() -> None:
@@ -188,7 +194,7 @@ def main() -> None:
         before, after = panels(drawer, edits, way)
         found = measured(edits, read(before), read(after))
         shares = [f"{name} {100 * i.value:5.1f} ({100 * i.low:.1f} to {100 * i.high:.1f})" for name, i in found.items()]
-        met = "goal met" if found["kept"].value >= GOAL else "goal missed"
+        met = "goal met" if found["survive"].value >= GOAL else "goal missed"
         print(f"{way:11} {'  '.join(shares)}  {met}", flush=True)
         figures[way] = {name: [i.value, i.low, i.high] for name, i in found.items()}
     if options.out:

@@ -59,6 +59,9 @@ def test_what_survives_is_counted_by_attribute_and_by_edit():
         {**read[0], "glasses": "sunglasses", "expression": first.after.values["expression"]},
         {**other, "background": "red"},
     ]
+    nothing = dict.fromkeys(MARA.values, "nothing")  # a panel that shows nothing of its sheet has nothing to lose
+    found = sheet_edits.measured([first, second, first], [*read, nothing], [*after, nothing])
+    assert found["survive"].value == pytest.approx((1 / 2 + 1) / 2)  # of glasses and clothes, the clothes
     found = sheet_edits.measured([first, second], read, after)
     assert found["kept"].value == pytest.approx((2 / 3 + 1) / 2)  # the glasses of three attributes are lost
     assert found["all"].value == pytest.approx(1 / 2)
