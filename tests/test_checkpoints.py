@@ -121,3 +121,15 @@ def test_a_damaged_checkpoint_is_one_line_and_its_deletion_the_fix(tmp_path):
     assert run(duel(), tmp_path)
     run(duel(), tmp_path / "straight")
     assert_identical(load_newest(tmp_path / "checkpoints"), load_newest(tmp_path / "straight/checkpoints"))
+
+
+def test_a_checkpoint_of_another_version_is_one_line_that_names_the_difference_and_stays(tmp_path):
+    run(duel(), tmp_path)
+    newest = list_checkpoints(tmp_path / "checkpoints")[-1]
+    state = torch.load(newest, weights_only=True)
+    state["players"]["left"] = {"number": state["players"]["left"]["value"]}
+    save_checkpoint(state, newest.parent)
+    before = newest.read_bytes()
+    with pytest.raises(CheckpointError, match="this version's .*value") as caught:
+        run(duel(60), tmp_path)
+    assert "\n" not in str(caught.value) and newest.read_bytes() == before

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from onestroke.errors import TrainingAlarm
+from onestroke.errors import CheckpointError, TrainingAlarm
 from onestroke.ownership import sole_owner
 from onestroke.train.checkpoint import list_checkpoints, load_newest, load_oldest
 from onestroke.train.folder import check_pictures, check_recipe, record
@@ -63,7 +63,7 @@ def run_training(
         wait_for_all()
         state = load_newest(out / "checkpoints", trainer.layout())
         if state is not None:
-            trainer.load_state(state)
+            _go_on_from(state, trainer, out)
         tracker, saved = Tracker(out / "logs") if leads else None, time.monotonic()
         started, saved_images, sampled = time.monotonic(), trainer.images, trainer.images
         with _stop_signals() as stopped, CheckpointWriter(out / "checkpoints", keep=keep_checkpoints) as writer:
@@ -104,6 +104,19 @@ def _is_crossed(trainer: Trainer, every: int) -> bool:
     settings, images = trainer.settings, trainer.images
     is_last = settings.num_images - images < settings.batch_size
     return is_last or images // every > (images - settings.batch_size) // every
+
+
+def _go_on_from(state: Mapping, trainer: Trainer, out: Path) -> None:
+    """Raises CheckpointError where another version of onestroke named or shaped the networks otherwise."""
+    try:
+        trainer.load_state(state)
+    except (RuntimeError, KeyError, ValueError) as error:  # as modules and optimizers raise for what does not fit
+        difference = " ".join(str(error).split())
+        raise CheckpointError(
+            f"the checkpoint's networks are not this version's ({difference[:160]})",
+            where=str(out / "checkpoints"),
+            fix="Go on with the onestroke that wrote it, or give --out another folder.",
+        ) from error
 
 
 class _Watch:
