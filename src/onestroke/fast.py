@@ -95,11 +95,12 @@ def _is_plain(pipeline: StableDiffusionXLPipeline, settings: Mapping) -> bool:
 
 def _plain_ids(pipeline: StableDiffusionXLPipeline, prompts: object) -> list[Tensor] | None:
     """b n token ids of either encoder, padded; None where a prompt is too long or a word has several embeddings."""
+    if not isinstance(prompts, list):
+        return None
     found = []
     for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2):
-        if not isinstance(prompts, list) or any(
-            f"{token}_1" in tokenizer.added_tokens_encoder for token in tokenizer.added_tokens_encoder
-        ):
+        added = tokenizer.added_tokens_encoder
+        if any(f"{token}_1" in added for token in added):
             return None
         rows = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, verbose=False).input_ids
         if any(len(row) > tokenizer.model_max_length for row in rows):
