@@ -7,8 +7,9 @@ import io
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import uvicorn
@@ -25,15 +26,15 @@ from tests.pipelines import tiny_sdxl
 class Scribe:
     """Stands where a `Drawer` stands: flat pictures of the colour (seed, steps, 100 x LoRA's scale), each batch noted.
 
-    `hold` keeps the worker until it is set; a prompt "fail" raises.
+    `free` keeps the worker until it is set; a prompt "fail" raises. `ahead`: batches may begin before the last ends.
     """
 
     steps, guidance, max_tokens, unknown_words = 1, 0.0, 62, None
     canvas, phrases, loras = Canvas(64, 8), ("pink hair",), {}
     fit, notices = Drawer.fit, lambda self, prompt: []
 
-    def __init__(self, name: str = "scribe", *, held: bool = False) -> None:
-        self.name = name
+    def __init__(self, name: str = "scribe", *, held: bool = False, ahead: bool = False) -> None:
+        self.name, self.ahead = name, ahead
         self.batches: list[list[Order]] = []
         self.free, self.began = threading.Event(), threading.Event()
         if not held:
@@ -42,9 +43,15 @@ class Scribe:
     def warm(self) -> None:
         pass
 
-    def draw(self, orders: Sequence[Order]) -> list[np.ndarray]:
+    def overlaps(self, orders: Sequence[Order]) -> bool:
+        return self.ahead
+
+    def begin(self, orders: Sequence[Order]) -> Callable[[], list[np.ndarray]]:
         self.batches.append(list(orders))
         self.began.set()
+        return partial(self.draw, orders)
+
+    def draw(self, orders: Sequence[Order]) -> list[np.ndarray]:
         assert self.free.wait(20)
         if any(order.prompt == "fail" for order in orders):
             raise ValueError("the model broke: /secret/path")

@@ -37,7 +37,7 @@ async def until(event: threading.Event) -> None:
 
 def test_orders_of_one_key_are_drawn_together_and_the_oldest_key_goes_first():
     scribe = Scribe(held=True)
-    batcher = Batcher(scribe.draw, Pace(wait=0.0, max_batch=3))
+    batcher = Batcher(scribe.begin, Pace(wait=0.0, max_batch=3))
 
     async def script():
         jobs = batcher.submit([order("first")])
@@ -54,7 +54,7 @@ def test_orders_of_one_key_are_drawn_together_and_the_oldest_key_goes_first():
 
 def test_a_first_order_waits_a_moment_for_company_and_no_longer():
     scribe = Scribe()
-    batcher = Batcher(scribe.draw, Pace(wait=0.2))
+    batcher = Batcher(scribe.begin, Pace(wait=0.2))
 
     async def script():
         first = batcher.submit([order("a")])
@@ -69,7 +69,7 @@ def test_a_first_order_waits_a_moment_for_company_and_no_longer():
 
 def test_a_full_batch_and_a_strict_order_do_not_wait():
     scribe = Scribe()
-    batcher = Batcher(scribe.draw, Pace(wait=30.0, max_batch=2))
+    batcher = Batcher(scribe.begin, Pace(wait=30.0, max_batch=2))
 
     async def script():
         jobs = batcher.submit([order("a"), order("b"), order("alone", strict=True)])
@@ -81,7 +81,7 @@ def test_a_full_batch_and_a_strict_order_do_not_wait():
 
 def test_a_dropped_order_costs_no_model_call_and_one_that_began_cannot_be_dropped():
     scribe, dropped = Scribe(held=True), []
-    batcher = Batcher(scribe.draw, Pace(wait=0.0), on_dropped=lambda: dropped.append(1))
+    batcher = Batcher(scribe.begin, Pace(wait=0.0), on_dropped=lambda: dropped.append(1))
 
     async def script():
         (began,) = batcher.submit([order("began")])
@@ -101,7 +101,7 @@ def test_a_dropped_order_costs_no_model_call_and_one_that_began_cannot_be_droppe
 
 def test_a_full_queue_refuses_all_of_a_request_and_says_when_to_come_again():
     scribe = Scribe(held=True)
-    batcher = Batcher(scribe.draw, Pace(wait=0.0, max_queue=3))
+    batcher = Batcher(scribe.begin, Pace(wait=0.0, max_queue=3))
 
     async def script():
         batcher.submit([order("drawing")])
@@ -121,7 +121,7 @@ def test_a_full_queue_refuses_all_of_a_request_and_says_when_to_come_again():
 
 def test_an_order_that_breaks_the_model_spoils_no_other():
     scribe = Scribe()
-    batcher = Batcher(scribe.draw, Pace(wait=0.05))
+    batcher = Batcher(scribe.begin, Pace(wait=0.05))
 
     async def script():
         jobs = batcher.submit([order("a", 1), order("fail"), order("b", 2)])
@@ -134,7 +134,7 @@ def test_an_order_that_breaks_the_model_spoils_no_other():
 
 def test_the_event_loop_runs_on_while_the_model_draws():
     scribe = Scribe(held=True)
-    batcher = Batcher(scribe.draw, Pace(wait=0.0))
+    batcher = Batcher(scribe.begin, Pace(wait=0.0))
 
     async def script():
         (job,) = batcher.submit([order()])
@@ -150,7 +150,7 @@ def test_the_event_loop_runs_on_while_the_model_draws():
 
 def test_batches_that_are_ready_follow_one_another_without_the_event_loop():
     scribe = Scribe(held=True)
-    batcher = Batcher(scribe.draw, Pace(wait=0.0))
+    batcher = Batcher(scribe.begin, Pace(wait=0.0))
 
     async def script():
         jobs = batcher.submit([order("a"), order("b", steps=2), order("c", steps=3)])
@@ -166,9 +166,66 @@ def test_batches_that_are_ready_follow_one_another_without_the_event_loop():
     assert [one.batch_size for one in drive(batcher, script)] == [1, 1, 1]
 
 
+def test_a_full_batch_of_the_same_key_begins_before_the_last_one_ends():
+    scribe = Scribe(held=True, ahead=True)
+    batcher = Batcher(scribe.begin, Pace(wait=0.0, max_batch=2), overlaps=scribe.overlaps)
+
+    async def script():
+        jobs = batcher.submit([order(name) for name in "abcdefg"])
+        while len(scribe.prompts) < 2:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.05)
+        assert scribe.prompts == [["a", "b"], ["c", "d"]] and not any(job.drop() for job in jobs[:4])
+        scribe.free.set()
+        return await asyncio.gather(*(job.future for job in jobs))
+
+    assert [one.batch_size for one in drive(batcher, script)] == [2, 2, 2, 2, 2, 2, 1]
+    assert scribe.prompts == [["a", "b"], ["c", "d"], ["e", "f"], ["g"]]
+
+
+@pytest.mark.parametrize(
+    "waiting",
+    [
+        [order("c")],
+        [order("c", steps=2), order("d", steps=2)],
+        [order("c", strict=True), order("d"), order("e")],
+        [order("c", size=(64, 32)), order("d"), order("e")],
+    ],
+)
+def test_no_other_batch_begins_before_the_last_one_ends(waiting):
+    scribe = Scribe(held=True, ahead=True)
+    batcher = Batcher(scribe.begin, Pace(wait=0.0, max_batch=2), overlaps=scribe.overlaps)
+
+    async def script():
+        jobs = batcher.submit([order("a"), order("b"), *waiting])
+        await until(scribe.began)
+        await asyncio.sleep(0.05)
+        assert scribe.prompts == [["a", "b"]]
+        scribe.free.set()
+        await asyncio.gather(*(job.future for job in jobs))
+
+    drive(batcher, script)
+    assert scribe.prompts[1][0] == "c"
+
+
+def test_who_was_spoilt_is_drawn_again_once_nothing_else_is_being_drawn():
+    scribe = Scribe(held=True, ahead=True)
+    batcher = Batcher(scribe.begin, Pace(wait=0.0, max_batch=2), overlaps=scribe.overlaps)
+
+    async def script():
+        jobs = batcher.submit([order("a", 1), order("fail"), order("c", 3), order("d", 4), order("e", 5, steps=2)])
+        await until(scribe.began)
+        scribe.free.set()
+        return await asyncio.gather(*(job.future for job in jobs), return_exceptions=True)
+
+    one, error, *others = drive(batcher, script)
+    assert isinstance(error, ValueError) and [drawn.picture[0, 0, 0] for drawn in (one, *others)] == [1, 3, 4, 5]
+    assert scribe.prompts == [["a", "fail"], ["c", "d"], ["a"], ["fail"], ["e"]]
+
+
 def test_the_end_comes_after_the_batch_that_is_being_drawn():
     scribe = Scribe(held=True)
-    batcher = Batcher(scribe.draw, Pace(wait=0.0))
+    batcher = Batcher(scribe.begin, Pace(wait=0.0))
 
     async def script():
         began, waiting = batcher.submit([order("began"), order("waiting", steps=2)])

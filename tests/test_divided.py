@@ -33,6 +33,26 @@ def test_a_divided_batch_holds_the_pictures_of_a_whole_one(build, guidance, monk
 
 
 @pytest.mark.usefixtures("two_threads")
+def test_each_thread_reads_words_with_tokenizers_of_its_own_that_know_added_ones():
+    pipeline = tiny_sdxl()
+    readers, encode_prompt = [], type(pipeline).encode_prompt
+
+    def encode(self, *args, **kinds):
+        readers.append((threading.get_ident(), self.tokenizer, self.tokenizer_2))
+        return encode_prompt(self, *args, **kinds)
+
+    pipeline.__class__ = type("Watched", (type(pipeline),), {"encode_prompt": encode})
+    for _ in range(2):
+        draw(pipeline, PROMPTS[:8], seeds=range(8), steps=1, guidance=0.0)
+    own = {thread: {id(reader) for who, *pair in readers if who == thread for reader in pair} for thread, *_ in readers}
+    assert len(readers) == 4 and [len(tokenizers) for tokenizers in own.values()] == [2, 2]  # copied once
+    assert len(set().union(*own.values(), {id(pipeline.tokenizer), id(pipeline.tokenizer_2)})) == 6
+    pipeline.tokenizer.add_tokens("blorp")
+    draw(pipeline, PROMPTS[:8], seeds=range(8), steps=1, guidance=0.0)
+    assert all("blorp" in first.get_vocab() and "blorp" not in second.get_vocab() for _, first, second in readers[4:])
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_threads_that_draw_share_the_cores_and_leave_others_theirs():
     seen, pipeline = [], make_fast(tiny_sdxl())
     decode = pipeline.vae.decode

@@ -284,5 +284,5 @@ def test_one_withheld_picture_does_not_withhold_its_batch_mates():
             return [RequestError("withheld") if picture[0, 0, 0] == 1 else None for picture in pictures]
 
     desk = Desk([Scribe()], safety=Picky())
-    kinds = [type(one) for one in desk._draw([Order("scribe", "a", seed, 1, (64, 64)) for seed in (0, 1, 2)])]
+    kinds = [type(one) for one in desk._begin([Order("scribe", "a", seed, 1, (64, 64)) for seed in (0, 1, 2)])()]
     assert kinds == [np.ndarray, RequestError, np.ndarray]

@@ -9,20 +9,21 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy, deepcopy
 from functools import lru_cache
 from itertools import pairwise
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 ROWS = 4  # least of a thread: with fewer, threads that share each layer are as fast
 Item, Result = TypeVar("Item"), TypeVar("Result")
-EMBEDDED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
 def num_parts(pipeline: DiffusionPipeline, num_rows: int) -> int:
@@ -64,37 +65,50 @@ def draw_divided(
     pipeline: DiffusionPipeline,
     prompts: Sequence[str],
     num_parts: int,
+    finish: Callable[[Float[Tensor, "m 3 h w"]], Result],
     *,
     generator: Sequence[torch.Generator],
-    guidance_scale: float,
     **settings,
-) -> Float[Tensor, "n 3 h w"]:
-    """What `pipeline(prompts, ...)` draws, by `num_parts` threads at a time; `settings`: of its call.
-
-    Words are read once, by this thread: a tokenizer cannot be shared.
-    """
-    encoded = pipeline.encode_prompt(
-        prompt=list(prompts),
-        device=pipeline._execution_device,
-        num_images_per_prompt=1,
-        do_classifier_free_guidance=guidance_scale > 1,
-    )
-    words = {name: rows for name, rows in zip(EMBEDDED, encoded, strict=False) if rows is not None}
+) -> list[Future[Result]]:
+    """Begin to draw `pipeline(prompts, ...)` in `num_parts` threads: what `finish` makes of each part's pictures;
+    `settings`: of the pipeline's call."""
 
     @torch.inference_mode()
-    def draw(rows: slice) -> Tensor:
-        mine = copy(pipeline)  # the weights are shared; where a sampler stands is its own
-        mine.scheduler = deepcopy(pipeline.scheduler)
-        return mine(
-            **{name: value[rows] for name, value in words.items()},
-            generator=list(generator[rows]),
-            guidance_scale=guidance_scale,
-            **settings,
-        ).images
+    def draw(rows: slice) -> Result:
+        mine = _own(pipeline)
+        return finish(mine(prompt=list(prompts[rows]), generator=list(generator[rows]), **settings).images)
 
     bounds = [len(prompts) * part // num_parts for part in range(num_parts + 1)]
     shares = [slice(first, last) for first, last in pairwise(bounds)]
-    return torch.cat(mapped(draw, shares, num_parts))
+    pool = _threads(num_parts, torch.get_num_threads())
+    return [pool.submit(draw, share) for share in shares]
+
+
+def _own(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """The pipeline for this thread: weights are shared; tokenizers, and where a sampler stands, are its own."""
+    mine = copy(pipeline)
+    mine.scheduler = deepcopy(pipeline.scheduler)
+    for name in ("tokenizer", "tokenizer_2"):
+        if (tokenizer := getattr(pipeline, name, None)) is not None:
+            setattr(mine, name, _copied(tokenizer))
+    return mine
+
+
+class _Kept(threading.local):
+    """A thread's copies of tokenizers, which hold their truncation as state and take longer to copy than to use."""
+
+    def __init__(self) -> None:
+        self.copies: WeakKeyDictionary[PreTrainedTokenizerBase, PreTrainedTokenizerBase] = WeakKeyDictionary()
+
+
+_kept = _Kept()
+
+
+def _copied(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    found = _kept.copies.get(tokenizer)
+    if found is None or len(found) != len(tokenizer):  # words may have been added since
+        found = _kept.copies[tokenizer] = deepcopy(tokenizer)
+    return found
 
 
 @lru_cache(maxsize=4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -32,7 +32,6 @@ def student_scheduler(
     return EulerAncestralDiscreteScheduler(**config, prediction_type=kind, timestep_spacing="trailing")
 
 
-@torch.inference_mode()
 def draw(
     pipeline: DiffusionPipeline,
     prompts: Sequence[str],
@@ -49,23 +48,37 @@ def draw(
     is divided between threads (divided.py). Raises ModelError where the model's pictures are not finite (float16 VAEs
     overflow), rather than hand out black ones.
     """
-    extra = {} if size is None else {"height": size[0], "width": size[1]}
-    parts = []
-    for first in range(0, len(prompts), batch_size):
-        rows = slice(first, first + batch_size)
-        settings = extra | {
-            "num_inference_steps": steps,
-            "guidance_scale": guidance,
-            "generator": [torch.Generator().manual_seed(seed) for seed in seeds[rows]],
-            "output_type": "pt",
-        }
-        batch = list(prompts[rows])
-        if (count := num_parts(pipeline, len(batch))) > 1:
-            images = draw_divided(pipeline, batch, count, **settings)
-        else:
-            images = pipeline(prompt=batch, **settings).images
-        parts.append(as_bytes(images))
-    return np.concatenate(parts)
+    batches = (slice(first, first + batch_size) for first in range(0, len(prompts), batch_size))
+    settings = {"steps": steps, "guidance": guidance, "size": size}
+    return np.concatenate([begin_drawing(pipeline, prompts[b], seeds=seeds[b], **settings)() for b in batches])
+
+
+@torch.inference_mode()
+def begin_drawing(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float,
+    size: tuple[int, int] | None = None,
+) -> Callable[[], UInt8[np.ndarray, "n h w 3"]]:
+    """Begin to draw one batch as `draw` does; what it returns waits for the pictures.
+
+    Where `num_parts` is more than 1 the batch is other threads' work, and further ones may begin meanwhile; else it is
+    drawn when this returns.
+    """
+    settings = {
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+        "output_type": "pt",
+    } | ({} if size is None else {"height": size[0], "width": size[1]})
+    if (count := num_parts(pipeline, len(prompts))) > 1:
+        waiting = draw_divided(pipeline, prompts, count, as_bytes, **settings)
+        return lambda: np.concatenate([part.result() for part in waiting])
+    pictures = as_bytes(pipeline(prompt=list(prompts), **settings).images)
+    return lambda: pictures
 
 
 def as_bytes(images: Float[Tensor, "n 3 h w"]) -> UInt8[np.ndarray, "n h w 3"]:

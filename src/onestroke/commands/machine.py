@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 KEPT = 2**30  # bytes
+# Of glibc's malloc.h: M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, and M_ARENA_MAX, for an arena that is not the first hands
+# memory back in any case.
+MALLOPT = {-1: KEPT, -3: KEPT, -8: 1}
 
 
 def use_machine() -> None:
@@ -42,5 +44,5 @@ def keep_memory() -> None:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
-        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-            mallopt(option, KEPT)
+        for option, value in MALLOPT.items():
+            mallopt(option, value)

@@ -10,9 +10,11 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from typing import NoReturn
 
 import numpy as np
 
@@ -20,6 +22,7 @@ from onestroke.errors import OnestrokeError
 from onestroke.serve.order import Order
 
 Picture = np.ndarray  # h w 3, uint8
+Drawing = Callable[[], Sequence[Picture | OnestrokeError]]  # waits for the pictures of a batch that has begun
 
 
 class QueueFull(OnestrokeError):
@@ -57,6 +60,25 @@ class Job:
 
 
 @dataclass(frozen=True)
+class _Batch:
+    """Orders that are being drawn together."""
+
+    jobs: list[Job]
+    began: float
+    drawing: Drawing
+
+    @property
+    def orders(self) -> list[Order]:
+        return [job.order for job in self.jobs]
+
+    @property
+    def key(self) -> Hashable:
+        """None of an order that is drawn alone."""
+        first = self.jobs[0].order
+        return None if first.strict else first.key
+
+
+@dataclass(frozen=True)
 class Pace:
     """How the batcher trades delay for throughput."""
 
@@ -69,25 +91,30 @@ class Batcher:
     """Draws the oldest order that waits, together with those of its key.
 
     The worker thread goes from batch to batch by itself for as long as one is ready: under load it does not wait for
-    the event loop, which is busy with the pictures of the last one.
+    the event loop, which is busy with the pictures of the last one. A full batch that may be drawn beside the last is
+    begun before that one ends, so that no core waits for the others.
     """
 
     def __init__(
         self,
-        draw: Callable[[Sequence[Order]], Sequence[Picture | OnestrokeError]],
+        begin: Callable[[Sequence[Order]], Drawing],
         pace: Pace = Pace(),
         *,
+        overlaps: Callable[[Sequence[Order]], bool] = lambda orders: False,
         observe: Callable[[Sequence[Job], float], None] = lambda jobs, seconds: None,
         on_dropped: Callable[[], None] = lambda: None,
     ) -> None:
-        """`draw` runs in the worker thread and may give an error in a picture's place; `observe(jobs, seconds)` runs in
-        the event loop, after each batch; `on_dropped` in either."""
-        self._draw, self.pace, self._observe, self._on_dropped = draw, pace, observe, on_dropped
+        """`begin` runs in the worker thread, and so does what it returns, which gives the pictures, or an error in a
+        picture's place. `overlaps`: whether one more batch of these orders' key may begin before theirs ends.
+        `observe(jobs, seconds)` runs in the event loop, after each batch; `on_dropped` in either."""
+        self._begin, self._overlaps, self.pace = begin, overlaps, pace
+        self._observe, self._on_dropped = observe, on_dropped
         self._lock = threading.Lock()
         self._waiting: deque[Job] = deque()  # under the lock, as is `started` of each
         self._arrived = asyncio.Event()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="onestroke-draw")
         self._order_seconds = 0.1  # of one order, a running mean
+        self._ended = 0.0  # of the worker: the last batch
         self._must_return = 0  # of the worker: calls that wait for it, and the end
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_task: asyncio.Task | None = None
@@ -167,8 +194,9 @@ class Batcher:
         for _ in range(before - len(self._waiting)):
             self._on_dropped()
 
-    def _take_batch(self) -> list[Job]:
-        """The oldest order that is still wanted, and those that can be drawn with it, in order of arrival."""
+    def _take_batch(self, *, beside: _Batch | None) -> list[Job]:
+        """The oldest order that is still wanted, and those that can be drawn with it, in order of arrival; `beside`
+        another batch only a full one of its key."""
         with self._lock:
             self._forget_dropped()
             if not self._waiting:
@@ -179,6 +207,8 @@ class Batcher:
             else:
                 mates = [job for job in self._waiting if job.order.key == first.order.key and not job.order.strict]
                 batch = mates[: self.pace.max_batch]
+            if beside is not None and not (len(batch) == self.pace.max_batch and first.order.key == beside.key):
+                return []
             taken = set(map(id, batch))
             self._waiting = deque(job for job in self._waiting if id(job) not in taken)
             for job in batch:
@@ -189,25 +219,47 @@ class Batcher:
 
     def _draw_all_ready(self) -> None:
         """Draw a batch, and further ones as long as they are ready at once."""
-        while jobs := self._take_batch():
-            self._draw_batch(jobs)
-            if self._must_return or self._patience() > 0:
-                return
+        batch, spoilt = self._next_batch(), []
+        while batch is not None:
+            ahead = self._next_batch(beside=batch)
+            spoilt += self._finish(batch)
+            if ahead is None:
+                for job in spoilt:
+                    self._finish(self._begun([job]))
+                spoilt = []
+                if self._must_return or self._patience() > 0:
+                    return
+                ahead = self._next_batch()
+            batch = ahead
 
-    def _draw_batch(self, jobs: list[Job]) -> None:
+    def _next_batch(self, *, beside: _Batch | None = None) -> _Batch | None:
+        if beside is not None and (self._must_return or not self._overlaps(beside.orders)):
+            return None
+        jobs = self._take_batch(beside=beside)
+        return self._begun(jobs) if jobs else None
+
+    def _begun(self, jobs: list[Job]) -> _Batch:
         began = time.perf_counter()
         try:
-            pictures = self._draw([job.order for job in jobs])
+            drawing = self._begin([job.order for job in jobs])
+        except Exception as error:
+            drawing = partial(_raise, error)
+        return _Batch(jobs, began, drawing)
+
+    def _finish(self, batch: _Batch) -> list[Job]:
+        """Wait for the pictures and hand them over; returns the jobs that have to be drawn one by one."""
+        try:
+            pictures = batch.drawing()
         except Exception as error:  # whatever a pipeline raises is the answer to those who asked
-            if len(jobs) == 1:
-                self._tell(_fail, jobs[0], error)
-            else:  # one of them may have spoilt it for all
-                for job in jobs:
-                    self._draw_batch([job])
-            return
-        seconds = time.perf_counter() - began
-        self._order_seconds += 0.1 * (seconds / len(jobs) - self._order_seconds)
-        self._tell(self._answer, jobs, pictures, began, seconds)
+            if len(batch.jobs) > 1:  # one of them may have spoilt it for all
+                return batch.jobs
+            self._tell(_fail, batch.jobs[0], error)
+            return []
+        began, self._ended = max(batch.began, self._ended), time.perf_counter()
+        seconds = self._ended - began
+        self._order_seconds += 0.1 * (seconds / len(batch.jobs) - self._order_seconds)
+        self._tell(self._answer, batch.jobs, pictures, began, seconds)
+        return []
 
     def _tell(self, call: Callable[..., None], *arguments) -> None:
         assert self._loop is not None
@@ -224,6 +276,10 @@ class Batcher:
             elif not job.future.done():
                 job.future.set_result(Drawn(picture, began - job.arrived, seconds, len(jobs)))
         self._observe(jobs, seconds)
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
 
 
 def _fail(job: Job, error: Exception) -> None:

@@ -13,7 +13,7 @@ from functools import partial
 
 from onestroke.errors import OnestrokeError
 from onestroke.serve.allowance import Allowance
-from onestroke.serve.batcher import Batcher, Drawn, Pace, Picture
+from onestroke.serve.batcher import Batcher, Drawing, Drawn, Pace, Picture
 from onestroke.serve.drawer import Drawer, check_text
 from onestroke.serve.meters import Meters
 from onestroke.serve.order import MAX_SEED, Limits, Notice, Order, RequestError, Start, UnknownModel
@@ -22,6 +22,7 @@ from onestroke.serve.safety import Safety
 from onestroke.serve.shelf import Shelf
 
 MAX_LORA_SCALE = 2.0
+QUICK = 3 * 256 * 256  # bytes of a picture that the event loop writes as PNG itself: half a millisecond
 SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 
 
@@ -69,18 +70,24 @@ class Desk:
         self.drawers = {drawer.name: drawer for drawer in drawers}
         self.limits, self.meters, self.is_warm = limits, Meters(), False
         self.batcher = Batcher(
-            self._draw, pace, observe=self.meters.batch_done, on_dropped=lambda: self.meters.dropped.inc()
-        )
+            self._begin, pace, overlaps=self._overlaps, observe=self.meters.batch_done,
+            on_dropped=lambda: self.meters.dropped.inc(),
+        )  # fmt: skip
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="onestroke-write")  # Pillow holds the interpreter
         self.meters.watch(lambda: self.batcher.num_waiting, lambda: self.shelf.num_bytes if memory else 0)
 
-    def _draw(self, orders: Sequence[Order]) -> list[Picture | OnestrokeError]:
+    def _begin(self, orders: Sequence[Order]) -> Drawing:
         drawer = self.drawers[orders[0].model]
         self.shelf.bring(drawer)
-        pictures = drawer.draw(orders)
-        if self.safety is None:
-            return pictures
-        return [why or picture for why, picture in zip(self.safety.check(pictures), pictures, strict=True)]
+        drawing = drawer.begin(orders)
+        return drawing if self.safety is None else partial(self._checked, self.safety, drawing)
+
+    def _checked(self, safety: Safety, drawing: Drawing) -> list[Picture | OnestrokeError]:
+        pictures = drawing()
+        return [why or picture for why, picture in zip(safety.check(pictures), pictures, strict=True)]
+
+    def _overlaps(self, orders: Sequence[Order]) -> bool:
+        return self.drawers[orders[0].model].overlaps(orders)
 
     async def warm(self) -> None:
         """Draw with each model once; `is_warm` from then on."""
@@ -163,7 +170,10 @@ class Desk:
             metadata["strength"] = f"{order.start.strength:g}"
         began = time.perf_counter()
         write = partial(picture_bytes, drawn.picture, kind, metadata)
-        data = await asyncio.get_running_loop().run_in_executor(self._writer, write)
+        if kind == "png" and drawn.picture.size <= QUICK:
+            data = write()
+        else:
+            data = await asyncio.get_running_loop().run_in_executor(self._writer, write)
         return data, time.perf_counter() - began
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from diffusers import AutoPipelineForImage2Image, DiffusionPipeline, SchedulerMixin
 
-from onestroke.sample import as_bytes, draw
+from onestroke.divided import num_parts
+from onestroke.sample import as_bytes, begin_drawing
 from onestroke.serve.loras import Wardrobe
 from onestroke.serve.order import Limits, Notice, Order, RequestError, Start
 
@@ -151,23 +152,29 @@ class Drawer:
 
     def draw(self, orders: Sequence[Order]) -> list[np.ndarray]:
         """The pictures (h w 3, uint8) of orders that share a key."""
+        return self.begin(orders)()
+
+    def begin(self, orders: Sequence[Order]) -> Callable[[], list[np.ndarray]]:
+        """Begin to draw orders that share a key; what it returns waits for their pictures."""
         first = orders[0]
         self._wardrobe.wear(first.lora)
         if first.start is None:
-            return list(
-                draw(
-                    self.pipeline,
-                    [order.prompt for order in orders],
-                    seeds=[order.seed for order in orders],
-                    steps=first.steps,
-                    guidance=self.guidance,
-                    size=first.size,
-                    batch_size=len(orders),
-                )
+            drawing = begin_drawing(
+                self.pipeline,
+                [order.prompt for order in orders],
+                seeds=[order.seed for order in orders],
+                steps=first.steps,
+                guidance=self.guidance,
+                size=first.size,
             )
+            return lambda: list(drawing())
         starts = [order.start for order in orders if order.start is not None]
-        drawn = self._redraw(orders, starts)
-        return [masked(picture, start) for picture, start in zip(drawn, starts, strict=True)]
+        drawn = [masked(*pair) for pair in zip(self._redraw(orders, starts), starts, strict=True)]
+        return lambda: drawn
+
+    def overlaps(self, orders: Sequence[Order]) -> bool:
+        """Whether more orders of the same key may begin while these are drawn."""
+        return orders[0].start is None and num_parts(self.pipeline, len(orders)) > 1
 
     @property
     def _redrawing(self) -> DiffusionPipeline:
