@@ -27,7 +27,12 @@ from onestroke.evaluate.drawn import PictureCache
 from onestroke.evaluate.pictures import DrawnSet, orders_of, ways_of
 from onestroke.fast import make_fast
 
-SAMPLERS = {"euler": EulerDiscreteScheduler, "ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
+SAMPLERS = {
+    "euler": (EulerDiscreteScheduler, {}),
+    "ddim": (DDIMScheduler, {"timestep_spacing": "trailing"}),
+    "dpm++": (DPMSolverMultistepScheduler, {"timestep_spacing": "trailing"}),
+    "sde": (DPMSolverMultistepScheduler, {"timestep_spacing": "trailing", "algorithm_type": "sde-dpmsolver++"}),
+}
 
 
 def main() -> None:
@@ -50,8 +55,8 @@ def main() -> None:
     for sampler, steps, scale in product(options.samplers, options.steps, options.scales):
         pipeline.scheduler = own
         if sampler != "own":
-            settings = {"timestep_spacing": "trailing"} if sampler != "euler" else {}
-            pipeline.scheduler = SAMPLERS[sampler].from_config(own.config, **settings)
+            kind, settings = SAMPLERS[sampler]
+            pipeline.scheduler = kind.from_config(own.config, **settings)
         way = ways_of(pipeline, [steps], guidance=scale)[steps]
         drawn = DrawnSet("drawn", "model", way, orders, PictureCache(options.cache))
         seen = judged(judge, drawn, options.cache).parts[JUDGE]

@@ -62,26 +62,36 @@ def test_threads_are_as_many_as_the_cores_and_fewer_where_the_user_says_so(varia
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="glibc's allocator")
-def test_memory_that_is_let_go_is_kept_unless_the_user_says_how():
-    """Counted in page faults of ten blocks, one after the other, in a process of its own."""
+@pytest.mark.parametrize("thread", ["main", "other"])
+def test_memory_that_is_let_go_is_kept_unless_the_user_says_how(thread):
+    """Counted in page faults of ten times the same blocks, in a process of its own."""
 
     def faults(environment: dict[str, str]) -> int:
         plain = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
-        command = [sys.executable, "-c", BLOCKS]
+        command = [sys.executable, "-c", BLOCKS, thread]
         return int(subprocess.check_output(command, env=plain | environment, text=True))
 
-    size = 64 * 2**20 // 4096  # pages of a block
+    size = 12 * 8 * 2**20 // 4096  # pages; more than the 64 MiB of a further arena's heap
     assert faults({}) < 2 * size
     assert faults({"MALLOC_MMAP_THRESHOLD_": "65536"}) >= 9 * size
 
 
 BLOCKS = """
 import resource
+import sys
+from threading import Thread
 from onestroke.commands.machine import keep_memory
 keep_memory()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    b"x" * (64 * 2**20)
+def work():
+    for _ in range(10):
+        [b"x" * (8 * 2**20) for _ in range(12)]
+if sys.argv[1] == "main":
+    work()
+else:
+    thread = Thread(target=work)
+    thread.start()
+    thread.join()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
