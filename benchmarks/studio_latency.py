@@ -115,13 +115,13 @@ class PartTimes:
             self._watch(encoder, "forward", "text")
         self._watch(pipeline.unet, "forward", "UNet")
         self._watch(pipeline.vae, "decode", "decode")
-        draw = drawer.draw
+        begin = drawer.begin
 
         def noted(orders):
             self.found.append(dict.fromkeys(("text", "UNet", "decode"), 0.0))
-            return draw(orders)
+            return begin(orders)
 
-        drawer.draw = noted
+        drawer.begin = noted
 
     def _watch(self, module: torch.nn.Module, method: str, part: str) -> None:
         call = getattr(module, method)

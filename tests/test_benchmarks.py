@@ -1,15 +1,18 @@
 """The benchmarks run on a tiny architecture: what they print is what a GPU's owner will see."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from pipelines import tiny_sdxl
 
 from onestroke.export import export_folder
+from tests.servers import client_of, tiny_drawer
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,3 +54,17 @@ def test_train_step_compares_speed_and_memory(folder, tmp_path):
     assert rows["plain"]["speed_ratio"] == rows["plain"]["memory_ratio"] == 1
     assert all(row["pictures_a_second"] > 0 and row["memory_mib"] > 0 for row in rows.values())
     assert figures["tera_operations_a_step"] > 0 and "decode.scale 0.5" in text
+
+
+def test_studio_latency_sees_the_parts_of_what_the_server_draws():
+    spec = importlib.util.spec_from_file_location("studio_latency", ROOT / "benchmarks" / "studio_latency.py")
+    studio_latency = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(studio_latency)
+    drawer = tiny_drawer()
+    parts = studio_latency.PartTimes(drawer)
+    with client_of(drawer) as client:
+        while client.get("/ready").status_code != 200:
+            time.sleep(0.01)
+        warmed = len(parts.found)
+        assert client.post("/v1/images/generations", json={"prompt": "a cat", "size": "64x64"}).status_code == 200
+    assert len(parts.found) == warmed + 1 and min(parts.found[-1].values()) > 0
