@@ -2,6 +2,8 @@
 
 import os
 import threading
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from onestroke.divided import num_parts
 from onestroke.evaluate.latency import PartTimer
 from onestroke.fast import make_fast
 from onestroke.sample import draw
+from onestroke.serve.order import Order, Start
+from tests.servers import tiny_drawer
 
 PROMPTS = [f"a {word} person" for word in ("sad", "glad", "mad", "tall", "small", "old", "young", "kind", "odd")]
 
@@ -62,6 +66,37 @@ def test_threads_that_draw_share_the_cores_and_leave_others_theirs():
     later.start()
     later.join()
     assert seen == [1, 1, 2] and torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_batch_that_begins_before_the_last_ends_holds_its_own_pictures():
+    drawer = tiny_drawer()
+    batches = [[Order("tiny", prompt, seed, 2, (64, 64)) for prompt in PROMPTS[:8]] for seed in (1, 2)]
+    start = Start(np.zeros((64, 64, 3), np.uint8), 0.5)
+    assert drawer.overlaps(batches[0]) and not drawer.overlaps(batches[0][:1])
+    assert not drawer.overlaps([replace(order, start=start) for order in batches[0]])
+    expected = [drawer.draw(batch) for batch in batches]
+    first, second = map(drawer.begin, batches)
+    found = [second(), first()][::-1]
+    assert np.array_equal(found, expected) and not np.array_equal(*expected)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_part_that_fails_is_told_when_no_other_is_being_drawn_any_more():
+    pipeline, done = tiny_sdxl(), []
+    encode_prompt = type(pipeline).encode_prompt
+
+    def first_part_fails(self, prompt, *args, **kinds):
+        if prompt[0] == PROMPTS[0]:
+            raise MemoryError("no room")
+        time.sleep(0.3)
+        done.append(1)
+        return encode_prompt(self, prompt, *args, **kinds)
+
+    pipeline.__class__ = type("Failing", (type(pipeline),), {"encode_prompt": first_part_fails})
+    with pytest.raises(MemoryError, match="no room"):
+        draw(pipeline, PROMPTS[:8], seeds=range(8), steps=1, guidance=0.0)
+    assert done == [1]
 
 
 @pytest.mark.usefixtures("two_threads")

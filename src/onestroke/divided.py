@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from copy import copy, deepcopy
 from functools import lru_cache
 from itertools import pairwise
@@ -82,6 +82,12 @@ def draw_divided(
     shares = [slice(first, last) for first, last in pairwise(bounds)]
     pool = _threads(num_parts, torch.get_num_threads())
     return [pool.submit(draw, share) for share in shares]
+
+
+def wait_for_all(parts: Sequence[Future[Result]]) -> Sequence[Future[Result]]:
+    """The parts once all are done, failed ones too: what comes next may change the weights that they read."""
+    wait(parts)
+    return parts
 
 
 def _own(pipeline: DiffusionPipeline) -> DiffusionPipeline:

@@ -10,7 +10,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline, EulerAncestralDiscreteSc
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from onestroke.divided import draw_divided, num_parts
+from onestroke.divided import draw_divided, num_parts, wait_for_all
 from onestroke.errors import ModelError
 from onestroke.schedule import beta_settings
 from onestroke.types import PredictionType
@@ -76,7 +76,7 @@ def begin_drawing(
     } | ({} if size is None else {"height": size[0], "width": size[1]})
     if (count := num_parts(pipeline, len(prompts))) > 1:
         waiting = draw_divided(pipeline, prompts, count, as_bytes, **settings)
-        return lambda: np.concatenate([part.result() for part in waiting])
+        return lambda: np.concatenate([part.result() for part in wait_for_all(waiting)])
     pictures = as_bytes(pipeline(prompt=list(prompts), **settings).images)
     return lambda: pictures
 
