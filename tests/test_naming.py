@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from onestroke.distill.denoising import LOGIT_NORMAL, Denoising, DenoisingSettings, timestep_fractions
+from onestroke.distill.denoising import LOGIT_DEVIATION, Denoising, DenoisingSettings, timestep_fractions
 from onestroke.embedded.judge import IGNORED, NOTHING
 from onestroke.embedded.naming import NamingHead, PictureNaming, TextNaming, named_labels
 from onestroke.families.load import from_pipeline
@@ -72,14 +72,36 @@ def test_a_hint_reaches_the_middle_block_and_through_it_the_text():
 
 def test_timesteps_are_uniform_in_the_given_share_and_logit_normal_in_the_rest():
     even = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
-    assert torch.equal(timestep_fractions(even, 1.0), even)
-    drawn = timestep_fractions(even, 0.25)
+    assert torch.equal(timestep_fractions(even, 1.0, 0.3), even)
+    drawn = timestep_fractions(even, 0.25, 0.3)
     assert drawn.min() >= 0 and drawn.max() < 1
     first, rest = drawn[:25_000], drawn[25_000:]
     torch.testing.assert_close(first, (torch.arange(25_000, dtype=torch.float64) + 0.5) / 25_000)
     logits = torch.logit(rest)
     assert (logits.mean(), logits.std()) == (
-        pytest.approx(LOGIT_NORMAL[0], abs=0.01),
-        pytest.approx(LOGIT_NORMAL[1], abs=0.01),
+        pytest.approx(0.3, abs=0.01),
+        pytest.approx(LOGIT_DEVIATION, abs=0.01),
     )
-    assert timestep_fractions(torch.tensor([0.0, 1 - 1e-16], dtype=torch.float64), 0.0).max() < 1
+    assert timestep_fractions(torch.tensor([0.0, 1 - 1e-16], dtype=torch.float64), 0.0, 0.3).max() < 1
+
+
+def test_captions_are_dropped_by_their_pictures_odds():
+    model = from_pipeline(tiny_sdxl())
+    batch = Batch(
+        None,
+        ("a bob",) * 400,
+        torch.arange(400),
+        torch.tensor([[64, 64, 0, 0]] * 400),
+        torch.zeros(400, 4, 2, 2),
+        (8, 8),
+    )
+    settings = DenoisingSettings(OptimizerSettings(1e-3), blank_share=0.2)
+
+    def dropped(odds) -> torch.Tensor:
+        rollout = Denoising(model, settings, blank_odds=odds).rollout(batch, frozenset({"denoiser"}))
+        blank = model.blank_prompts(rollout.condition)
+        return (rollout.condition.pooled == blank.pooled).all(1)
+
+    alike, uneven = dropped(None), dropped(lambda slots: torch.where(slots < 200, 0.0, 2.0))
+    assert torch.equal(alike, dropped(lambda slots: torch.ones(len(slots))))
+    assert 55 < alike.sum() < 105 and not uneven[:200].any() and 55 < uneven[200:].sum() < 105

@@ -18,6 +18,7 @@ from onestroke.data.plan import picture_at
 from onestroke.distill.denoising import Denoising
 from onestroke.embedded.autoencoder import build_autoencoder
 from onestroke.embedded.emphasis import small_parts
+from onestroke.embedded.known import blank_odds
 from onestroke.embedded.pretrain import pretrain_decoder
 from onestroke.errors import CheckpointError, ModelError
 from onestroke.families.fingerprint import fingerprint
@@ -131,17 +132,30 @@ def test_what_is_small_counts_more_to_the_decoder(monkeypatch, tmp_path):
 
 
 def test_the_teachers_timesteps_are_the_recipes(monkeypatch, tmp_path):
-    shares = []
+    given = []
     monkeypatch.setattr(
         "onestroke.embedded.pretrain.Denoising",
-        lambda model, settings, **kwargs: shares.append(settings.uniform_share) or Denoising(model, settings, **kwargs),
+        lambda model, settings, **kwargs: given.append((settings, kwargs)) or Denoising(model, settings, **kwargs),
     )
     write_comicset(tmp_path / "pictures", count=40, size=32)
-    recipe = tiny_pretrain("uniform_timesteps=0.6")
+    recipe = tiny_pretrain("uniform_timesteps=0.6", "timestep_logit=0.25")
     pretrain.run_pretrain(str(tmp_path / "pictures"), recipe, None, tmp_path / "out", console=paper())
-    assert shares == [0.6]
+    ((settings, others),) = given
+    assert (settings.uniform_share, settings.logit_mean) == (0.6, 0.25)
+    assert others["blank_odds"] is None  # nobody knows what these captions could have named
     with pytest.raises(CheckpointError, match="uniform_timesteps: 0.6 -> 0.3"):
         pretrain.run_pretrain(str(tmp_path / "pictures"), tiny_pretrain(), None, tmp_path / "out", console=paper())
+
+
+def test_a_blank_caption_stands_rather_for_pictures_of_which_there_is_little_to_say():
+    source = ComicSource(60)
+    cache = CachedLatents(torch.zeros(50, 8, 4, 4), torch.arange(5, 55), torch.zeros(50, 4), (32, 32))
+    recipe = tiny_pretrain()
+    odds = blank_odds(source, cache, recipe)(torch.arange(50))
+    assert odds.mean() == pytest.approx(1)
+    names = [len(source.character(5 + picture_at(slot, 50, seed=recipe.seed)).values) for slot in range(50)]
+    for slot in range(1, 50):
+        assert odds[slot] / odds[0] == pytest.approx(0.5 ** (names[slot] - names[0]))
 
 
 def test_a_stage_stops_at_the_first_saving_past_its_time():

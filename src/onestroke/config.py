@@ -255,7 +255,8 @@ class PretrainRecipe(Section):
     teacher_images: int = Field(200_000, ge=0)  # 0: what goes before the teacher, which stays as it is
     batch_size: int = Field(32, ge=1)  # of the teacher
     learning_rate: float = Field(3e-3, gt=0)  # of the teacher, by Muon
-    uniform_timesteps: float = Field(0.3, ge=0, le=1)  # share of timesteps; the others lie about log-SNR 0
+    uniform_timesteps: float = Field(0.3, ge=0, le=1)  # share of timesteps; the others are logit-normal
+    timestep_logit: float = Field(-0.7, ge=-4, le=4)  # mean of logit(t / 1000) of these; -0.7: about log-SNR 0
     emphasis: float = Field(1.0, ge=0)  # of comicset's small parts that have names, beside the whole picture's weight
     start: str | None = None  # a teacher to go on from: "embedded-teacher", or a folder of the same architecture
     vae: str | None = None  # a teacher whose VAE is taken and not trained; None: that of `start`, or a new one

@@ -15,16 +15,15 @@ from onestroke.randomness import normal, stratified, uniform
 from onestroke.train.method import Loss, OptimizerSettings, Player
 from onestroke.types import Batch, Condition
 
-# Mean and deviation of logit(t / T) (SD3, arXiv 2403.03206, eq. 19). Stable Diffusion's schedule, made for 64 x 64
-# latents, has half of its timesteps below log-SNR -1.1, where little of 16 x 16 is left; these lie about log-SNR 0.
-LOGIT_NORMAL = (-0.7, 1.0)
+LOGIT_DEVIATION = 1.0  # of logit(t / T) (SD3, arXiv 2403.03206, eq. 19)
 
 
 @dataclass(frozen=True)
 class DenoisingSettings:
     optimizer: OptimizerSettings
     blank_share: float = 0.1  # captions dropped, for classifier-free guidance
-    uniform_share: float = 1.0  # of the timesteps; the others are `LOGIT_NORMAL`'s
+    uniform_share: float = 1.0  # of the timesteps; the others are logit-normal
+    logit_mean: float = -0.7  # of logit(t / T) of these
     ema_images: float = 20_000
     seed: int = 0
 
@@ -55,6 +54,7 @@ class Denoising:
 
     `emphasis(slots)`: what the error counts at each place of a latent beyond 1, times the signal's share of the noised
     latent, `alphas_cumprod[t]`: little where the noise still hides what is where.
+    `blank_odds(slots)`: how likely each picture's caption is dropped, beside a mean of 1; None: all alike.
     """
 
     def __init__(
@@ -65,8 +65,10 @@ class Denoising:
         train_text: bool = True,
         hint: Hint | None = None,
         emphasis: Callable[[Int[Tensor, " b"]], Float[Tensor, "b h w"]] | None = None,
+        blank_odds: Callable[[Int[Tensor, " b"]], Float[Tensor, " b"]] | None = None,
     ) -> None:
         self.model, self.settings, self.hint, self.emphasis = model, settings, hint, emphasis
+        self.blank_odds = blank_odds
         parts: dict[str, nn.Module] = {"unet": model.unet.train()}
         if train_text:
             parts |= {f"text_{i}": encoder.train() for i, encoder in enumerate(model.text_encoders)}
@@ -88,13 +90,16 @@ class Denoising:
         model, seed = self.model, self.settings.seed
         device = model.device
         x0 = self._latents(batch)
-        fractions = timestep_fractions(stratified(seed, "t", batch.slots), self.settings.uniform_share)
+        fractions = timestep_fractions(
+            stratified(seed, "t", batch.slots), self.settings.uniform_share, self.settings.logit_mean
+        )
         t = (fractions * len(model.schedule)).long()
         eps = normal(x0.shape[1:], seed, "eps", batch.slots).to(device)
         x_t = model.schedule.add_noise(x0, eps, t)
         target = model.schedule.target(x0, eps, t, model.prediction_type)
         condition = model.with_sizes(model.encode_prompts(batch.captions), batch.sizes, batch.picture_size)
-        keep = (uniform(seed, "blank", batch.slots) >= self.settings.blank_share).to(device)
+        odds = 1.0 if self.blank_odds is None else self.blank_odds(batch.slots)
+        keep = (uniform(seed, "blank", batch.slots) >= self.settings.blank_share * odds).to(device)
         return Noised(x_t, target, t.to(device), _masked(condition, model.blank_prompts(condition), keep), batch)
 
     @torch.no_grad()
@@ -125,13 +130,12 @@ class Denoising:
         """Nothing to do."""
 
 
-def timestep_fractions(uniform: Float[Tensor, " b"], uniform_share: float) -> Float[Tensor, " b"]:
-    """Numbers in [0, 1) from uniform ones: `uniform_share` of them uniform, the others logit-normal."""
+def timestep_fractions(uniform: Float[Tensor, " b"], uniform_share: float, mean: float) -> Float[Tensor, " b"]:
+    """Numbers in [0, 1) from uniform ones: `uniform_share` of them uniform, the others logit-normal about `mean`."""
     if uniform_share == 1:
         return uniform
-    mean, deviation = LOGIT_NORMAL
     rest = ((uniform - uniform_share) / (1 - uniform_share)).clamp(min=1e-6)
-    drawn = torch.sigmoid(mean + deviation * torch.special.ndtri(rest))
+    drawn = torch.sigmoid(mean + LOGIT_DEVIATION * torch.special.ndtri(rest))
     return torch.where(uniform < uniform_share, uniform / max(uniform_share, 1e-6), drawn)
 
 

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from onestroke.config import PretrainRecipe
 from onestroke.data.comicset.dataset import ComicSource
-from onestroke.data.comicset.vocabulary import judged_values
 from onestroke.data.framing import centre_cut
 from onestroke.data.latents import CachedLatents, cache_latents, latent_batches
 from onestroke.data.plan import picture_at
@@ -22,10 +21,8 @@ from onestroke.distill.denoising import Denoising, DenoisingSettings
 from onestroke.embedded import TEACHER, embedded_teacher
 from onestroke.embedded.architecture import build_pipeline
 from onestroke.embedded.autoencoder import AutoencoderRecipe, DecoderRecipe, train_autoencoder, train_decoder
-from onestroke.embedded.emphasis import emphasis, parts_of
 from onestroke.embedded.fit import Machine, fit, stack_images
 from onestroke.embedded.judge import (
-    NOTHING,
     Judge,
     judge_loss,
     labels_of,
@@ -34,7 +31,8 @@ from onestroke.embedded.judge import (
     save_judge,
     settle_norms,
 )
-from onestroke.embedded.naming import PictureNaming, TextNaming, named_labels
+from onestroke.embedded.known import VALUES, blank_odds, naming_hint, parts_counting
+from onestroke.embedded.naming import TextNaming, named_labels
 from onestroke.errors import ModelError
 from onestroke.export import export_folder
 from onestroke.families.fingerprint import fingerprint
@@ -46,7 +44,6 @@ from onestroke.train.trainer import Trainer, TrainSettings
 from onestroke.types import Batch
 
 JUDGE_PICTURES = 50_000  # different ones, shown again and again
-VALUES = {name: (NOTHING, *names) for name, names in judged_values().items()}
 TEXT_BATCH = 32
 TEXT_SETTINGS = ("text_captions", "learning_rate", "start", "seed")
 TEACHER_SETTINGS = (
@@ -56,6 +53,7 @@ TEACHER_SETTINGS = (
     "teacher_images",
     "batch_size",
     "uniform_timesteps",
+    "timestep_logit",
     "emphasis",
 )
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -92,7 +90,7 @@ def pretrain_decoder(
     final = out / "decoder" / "final"
     if not final.exists():
         vae = AutoencoderKL.from_pretrained(out / "vae" / "final")
-        parts = _parts_counting(out, source, cache, recipe, machine, log=log)
+        parts = parts_counting(out, source, cache, recipe, num_workers=machine.num_workers, log=log)
 
         def rows(slots: torch.Tensor) -> list[int]:
             return [picture_at(slot, len(cache), seed=recipe.seed) for slot in slots.tolist()]
@@ -280,10 +278,20 @@ def pretrain_teacher(
     optimizer = OptimizerSettings(
         recipe.learning_rate, "muon", (0.9, 0.99), weight_decay=1e-2, warmup_images=3_200, decay="linear"
     )
-    settings = DenoisingSettings(optimizer, ema_images=10_000, uniform_share=recipe.uniform_timesteps, seed=recipe.seed)
-    emphasis = _parts_counting(out, source, cache, recipe, machine, log=log)
+    settings = DenoisingSettings(
+        optimizer,
+        ema_images=10_000,
+        uniform_share=recipe.uniform_timesteps,
+        logit_mean=recipe.timestep_logit,
+        seed=recipe.seed,
+    )
+    emphasis = parts_counting(out, source, cache, recipe, num_workers=machine.num_workers, log=log)
     method = Denoising(
-        from_pipeline(pipeline), settings, hint=_hint(source, cache, recipe, pipeline), emphasis=emphasis
+        from_pipeline(pipeline),
+        settings,
+        hint=naming_hint(source, cache, recipe, pipeline),
+        emphasis=emphasis,
+        blank_odds=blank_odds(source, cache, recipe),
     )
     trainer = Trainer(
         method, TrainSettings(recipe.teacher_images, recipe.batch_size, autocast=autocast_dtype("auto", machine.device))
@@ -306,50 +314,6 @@ def pretrain_teacher(
     )
     _export_average(trainer, pipeline, out / "teacher")
     return finished
-
-
-def _hint(
-    source: Source, cache: CachedLatents, recipe: PretrainRecipe, pipeline: StableDiffusionXLPipeline
-) -> PictureNaming | None:
-    """What the UNet's middle block learns beside the denoising, where the source knows its pictures' attributes."""
-    if not isinstance(source, ComicSource):
-        return None
-    rows = [labels_of(source.character(index), VALUES) for index in cache.indices.tolist()]
-    labels = torch.tensor(rows, dtype=torch.int64)
-
-    def labels_at(slots: torch.Tensor) -> torch.Tensor:
-        return labels[[picture_at(slot, len(cache), seed=recipe.seed) for slot in slots.tolist()]]
-
-    hint = PictureNaming(pipeline.unet.config.block_out_channels[-1], VALUES, labels_at)
-    hint.module.to(pipeline.device)
-    return hint
-
-
-def _parts_counting(
-    out: Path,
-    source: Source,
-    cache: CachedLatents,
-    recipe: PretrainRecipe,
-    machine: Machine,
-    *,
-    log: Callable[[str], None],
-) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """What the small parts of each slot's picture count beyond the rest, where the source knows them."""
-    if not isinstance(source, ComicSource) or not recipe.emphasis:
-        return None
-    parts = parts_of(
-        out / "latents",
-        source,
-        cache,
-        num_workers=machine.num_workers,
-        log=lambda done: log(f"small parts of {done}/{len(cache)} pictures found"),
-    )
-
-    def emphasis_at(slots: torch.Tensor) -> torch.Tensor:
-        rows = [picture_at(slot, len(cache), seed=recipe.seed) for slot in slots.tolist()]
-        return emphasis(parts[rows], recipe.emphasis)
-
-    return emphasis_at
 
 
 def _untrained(out: Path, source: Source, recipe: PretrainRecipe) -> StableDiffusionXLPipeline:

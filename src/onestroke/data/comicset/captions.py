@@ -39,6 +39,16 @@ def make_caption(character: Character, rng: np.random.Generator, *, share: float
     return Caption(_write(character.style, named, rng), named)
 
 
+def odds_of_silence(character: Character) -> float:
+    """How likely a caption is to name nothing of `character`: the more can be seen of it, the less.
+
+    Captions name what is there, so glasses that go unnamed are rarer than glasses. A blank caption that says as little
+    as these do has to stand for pictures by these odds; else guidance, which leads away from what a blank caption
+    draws, leads away from glasses wherever none are named.
+    """
+    return 0.5 ** (1 + len(character.values))
+
+
 def _write(style_name: str, named: Mapping[str, str], rng: np.random.Generator) -> str:
     style = load_style(style_name)
 
