@@ -31,9 +31,9 @@ from onestroke.train.trainer import Progress, Trainer, TrainSettings
 
 
 def some_anchors(count: int = 5, *, side: int = 8) -> Anchors:
-    path = torch.randn(count, 4, 4, side, side, generator=torch.Generator().manual_seed(3)).half()
-    worded = torch.rand(count, side, side, generator=torch.Generator().manual_seed(4)).half()
-    shards = [Drawn(path[first : first + 3], worded[first : first + 3]) for first in range(0, count, 3)]
+    pictures = torch.randn(count, 4, 4, side, side, generator=torch.Generator().manual_seed(3)).half()
+    worded = torch.rand(count, 4, side, side, generator=torch.Generator().manual_seed(4)).half()
+    shards = [Drawn(pictures[first : first + 3], worded[first : first + 3]) for first in range(0, count, 3)]
     return Anchors(shards, [f"anchor {i}" for i in range(count)], seed=0, size=(4 * side, 4 * side))
 
 
@@ -136,21 +136,23 @@ def test_the_teacher_draws_them_as_plain_diffusers_does_from_the_noise_that_the_
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
         pipeline.scheduler.config, final_sigmas_type="zero", timestep_spacing="trailing"
     )
-    on_the_way = {}
+    drawn, noise, schedule = anchors.at(rows), anchors.noise(rows).double(), teacher.schedule
 
-    def keep(pipeline, step, t, values):
-        on_the_way[int(pipeline.scheduler.timesteps[step + 1]) if step < 7 else 0] = values["latents"]
-        return values
+    def plain(latents: torch.Tensor, timesteps: list[int]) -> torch.Tensor:
+        return pipeline(
+            list(anchors.captions), latents=latents, timesteps=timesteps, guidance_scale=3.0, height=16, width=16,
+            output_type="latent",
+        ).images  # fmt: skip
 
-    pipeline(
-        list(anchors.captions), latents=anchors.noise(rows).double(), num_inference_steps=8, guidance_scale=3.0,
-        height=16, width=16, output_type="latent", callback_on_step_end=keep,
-    )  # fmt: skip
-    plain = torch.stack([on_the_way[t] for t in (749, 499, 249, 0)], 1)
-    drawn = anchors.at(rows)
-    torch.testing.assert_close(drawn.path.double(), plain, rtol=2e-3, atol=2e-3)
-    assert drawn.worded.shape == (3, 4, 4) and drawn.worded.double().std() > 0.1
-    torch.testing.assert_close(drawn.worded.double().mean((1, 2)), torch.ones(3).double(), rtol=1e-3, atol=0)
+    begun = [999, 874, 749, 624, 499, 374, 249, 124]
+    for place, timestep in enumerate((999, 749, 499, 249)):
+        over = drawn.pictures[:, place - 1].double() if place else torch.zeros_like(noise[:, 0])
+        x_s = schedule.add_noise(over, noise[:, place], torch.full((3,), timestep))
+        expected = plain(x_s, begun[2 * place :])
+        torch.testing.assert_close(drawn.pictures[:, place].double(), expected, rtol=2e-3, atol=2e-3)
+    assert len(set(noise.flatten().tolist())) == noise.numel()  # none is another's
+    assert drawn.worded.shape == (3, 4, 4, 4) and drawn.worded.double().std() > 0.1
+    torch.testing.assert_close(drawn.worded.double().mean((2, 3)), torch.ones(3, 4).double(), rtol=1e-3, atol=0)
 
     given = []
 
@@ -165,20 +167,22 @@ def test_the_teacher_draws_them_as_plain_diffusers_does_from_the_noise_that_the_
     _, lesson = alone.rollout(batch, frozenset({STUDENT}))
     order = anchors.rows_of(batch.slots, 1)
     shown = anchors.at(order)
-    assert torch.equal(lesson.target, shown.pictures.double())
     assert list(batch.captions) == [anchors.captions[row] for row in order]
     (x_t, t), noise = given[0], anchors.noise(order).double()
     assert torch.equal(lesson.x_s, x_t) and torch.equal(lesson.s, t)
     for place, timestep in enumerate((999, 749, 499, 249)):
         here = t == timestep
-        expected = noise if place == 0 else shown.path[:, place - 1].double()
+        over = shown.pictures[:, place - 1].double() if place else torch.zeros_like(noise[:, 0])
+        expected = schedule.add_noise(over, noise[:, place], t)
         assert torch.equal(x_t[here], expected[here])
+        assert torch.equal(lesson.target[here], shown.pictures[here, place].double())
+        assert torch.equal(lesson.worded[here], shown.worded[here, place].double())
         assert 30 < here.sum() < 90 if place else 90 < here.sum() < 150
 
 
 def test_the_teachers_own_sampling_does_not_move_the_timesteps():
     """Many finetunes come with Karras sigmas, whose timesteps are none of the student's."""
-    noise = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, 4, 4, 4, 4, generator=torch.Generator().manual_seed(0))
 
     def drawn(**sampling) -> Drawn:
         model = from_pipeline(tiny_sdxl("v_prediction", True))
@@ -186,17 +190,28 @@ def test_the_teachers_own_sampling_does_not_move_the_timesteps():
         condition = model.full_size(model.encode_prompts(["a"]), (16, 16))
         with torch.no_grad():
             blank = model.blank_prompts(condition)
-            settings = {"steps": 8, "guidance": 3.0, "num_timesteps": 4}
-            return draw_anchors(model, model.denoiser(), condition, blank, noise, **settings)
+            return draw_anchors(model, model.denoiser(), condition, blank, noise, steps=8, guidance=3.0)
 
     plain = drawn()
-    assert plain.path.shape[1] == 4 and torch.equal(drawn(use_karras_sigmas=True).path, plain.path)
+    assert plain.pictures.shape[1] == 4 and torch.equal(drawn(use_karras_sigmas=True).pictures, plain.pictures)
 
 
 def test_anchors_are_read_under_the_autocast_of_a_cpu():
     anchors = some_anchors()
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(anchors.at([4]).path[0], anchors.shards[1].path[1].float())
+        assert torch.equal(anchors.at([4]).pictures[0], anchors.shards[1].pictures[1].float())
+
+
+def test_they_are_drawn_under_the_autocast_of_a_cpu():
+    pipeline = tiny_sdxl("v_prediction", True)
+    pipeline.unet.float()
+    model, noise = from_pipeline(pipeline), torch.randn(1, 2, 4, 4, 4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        condition = model.full_size(model.encode_prompts(["a"]), (16, 16))
+        drawn = draw_anchors(
+            model, model.denoiser(), condition, model.blank_prompts(condition), noise, steps=4, guidance=3.0
+        )
+    assert drawn.pictures.dtype == drawn.worded.dtype == torch.float16 and drawn.pictures.shape == (1, 2, 4, 4, 4)
 
 
 def test_words_are_seen_to_move_what_only_they_say():
@@ -210,14 +225,14 @@ def test_words_are_seen_to_move_what_only_they_say():
         told[: len(x_t) // 2] += (t[0] > 499) * 5.0  # what words change early counts nothing
         return told
 
-    noise = torch.randn(2, 4, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(2, 2, 4, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     blank = model.blank_prompts(condition)
-    drawn = draw_anchors(model, teacher, condition, blank, noise, steps=4, guidance=3.0, num_timesteps=2)
-    assert drawn.path.shape == (2, 2, 4, 4, 4)
-    expected = torch.zeros(2, 4, 4).half()
-    expected[:, 1, 2] = 16
+    drawn = draw_anchors(model, teacher, condition, blank, noise, steps=4, guidance=3.0)
+    assert drawn.pictures.shape == (2, 2, 4, 4, 4)
+    expected = torch.zeros(2, 2, 4, 4).half()
+    expected[..., 1, 2] = 16
     assert torch.equal(drawn.worded, expected)
-    assert torch.equal(drawn.pictures[:, :, 1, 2], torch.full((2, 4), 3.0).half())  # the last prediction, guided
+    assert torch.equal(drawn.pictures[..., 1, 2], torch.full((2, 2, 4), 3.0).half())  # the last prediction, guided
 
 
 def test_they_are_drawn_once_and_those_of_another_teacher_are_refused(recipe, tmp_path):
@@ -237,7 +252,7 @@ def test_they_are_drawn_once_and_those_of_another_teacher_are_refused(recipe, tm
     told.clear()
     more = anchors_of(teacher, source, changed(recipe, count=2 * SHARD_PICTURES), tmp_path, tell=told.append)
     assert len(told) == 2 and first.stat().st_mtime_ns == stamps[first]  # a larger count goes on
-    assert torch.equal(more.at([499, 501]).path, anchors.at([499, 501]).path)
+    assert torch.equal(more.at([499, 501]).pictures, anchors.at([499, 501]).pictures)
     first.unlink()
     assert anchors_of(teacher, source, many, tmp_path, is_late=lambda: True, tell=told.append) is None
     assert not first.exists()
@@ -306,8 +321,8 @@ def test_add_begins_with_what_the_anchors_taught(recipe, tmp_path):
         rows, last = range(3), torch.full((3,), 999)
         condition = teacher.full_size(teacher.encode_prompts(anchors.captions), anchors.size)
         with torch.no_grad():
-            drawn = method.student(anchors.noise(rows).double(), last, condition)
-        return (drawn - anchors.at(rows).pictures).square().mean().item()
+            drawn = method.student(anchors.noise(rows)[:, 0].double(), last, condition)
+        return (drawn - anchors.at(rows).pictures[:, 0]).square().mean().item()
 
     began, taught = distance(None), distance(learnt)
     ended = distance(load_newest(tmp_path / "run" / "checkpoints")["players"]["student"])

@@ -2,9 +2,10 @@
 
 At pure noise a teacher predicts the mean of all pictures, whatever the noise is: nothing there tells a student that
 another noise is another picture, and a discriminator asks for it only faintly. Pairs of noise and picture, as an ODE
-solver gives them, do (DMD, arXiv 2311.18828, section 3.2, the regression loss; here between latents). On the solver's
-way from one to the other lie the student's later timesteps: from each of them the same picture is to be drawn, as from
-any point of a trajectory (Consistency Models, arXiv 2303.01469, section 3).
+solver gives them, do (DMD, arXiv 2311.18828, section 3.2, the regression loss; here between latents). At its later
+timesteps a student is given the picture that it has just drawn, under new noise. The teacher is given the same, its own
+picture under new noise, and draws on from there: what went wrong between one timestep and the next is mended, as by a
+stochastic solver, and the pictures come nearer to real ones from timestep to timestep.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from onestroke.schedule import NoiseSchedule, beta_settings, student_timesteps
 from onestroke.train.method import Loss, OptimizerSettings, Player
 from onestroke.types import Batch, Condition
 
-STREAM = "anchor"  # of the noise
 MOST = 16.0  # that words add to the weight of a place, which is 1 without
 ROUND = 0.03  # distance, in a latent's units, below which the loss is quadratic
 
@@ -35,12 +35,8 @@ ROUND = 0.03  # distance, in a latent's units, below which the loss is quadratic
 class Drawn(NamedTuple):
     """Some anchors, as the teacher drew them, in float16."""
 
-    path: Float[Tensor, "n k c h w"]  # scaled latents at the student's timesteps after the first, and last the picture
-    worded: Float[Tensor, "n h w"]  # how much words still moved each place in the later half of the steps; mean 1
-
-    @property
-    def pictures(self) -> Float[Tensor, "n c h w"]:
-        return self.path[:, -1]
+    pictures: Float[Tensor, "n k c h w"]  # scaled latents: from noise, and from noise over the picture before, k times
+    worded: Float[Tensor, "n k h w"]  # how much words still moved each place at timesteps below half; mean 1
 
 
 class Lesson(NamedTuple):
@@ -69,19 +65,20 @@ class Anchors:
 
     def at(self, rows: Sequence[int]) -> Drawn:
         """These anchors, read from their shards, in float32: the CPU's autocast stacks no float16."""
-        length = len(self.shards[0].path)
+        length = len(self.shards[0].pictures)
         places = [divmod(row, length) for row in rows]
-        path, worded = (
+        pictures, worded = (
             torch.stack([self.shards[shard][part][row].float() for shard, row in places])
             if places
             else self.shards[0][part][:0].float()
             for part in range(2)
         )
-        return Drawn(path, worded)
+        return Drawn(pictures, worded)
 
-    def noise(self, rows: Sequence[int]) -> Float[Tensor, "b c h w"]:
-        """What these anchors were drawn from."""
-        return normal(self.shards[0].path.shape[2:], self.seed, STREAM, torch.tensor(list(rows)))
+    def noise(self, rows: Sequence[int]) -> Float[Tensor, "b k c h w"]:
+        """What these anchors were drawn from at each of the student's timesteps."""
+        count, *shape = self.shards[0].pictures.shape[1:]
+        return anchor_noise(shape, self.seed, torch.tensor(list(rows)), count)
 
     def rows_of(self, slots: Int[Tensor, " b"], every: int) -> list[int]:
         """Which anchors go with these pictures of the run: one to each slot that divides by `every`."""
@@ -93,18 +90,22 @@ class Anchors:
     ) -> Lesson:
         """The anchors of these slots, each at one of the student's timesteps, in the dtype and place of `like`."""
         rows = self.rows_of(slots, every)
-        drawn = Drawn(*(part.to(like) for part in self.at(rows)))
-        target = drawn.pictures
+        pictures, worded = (part.to(like) for part in self.at(rows))
         if not rows:
-            return Lesson(target, torch.empty(0, dtype=torch.int64), target, drawn.worded)
+            return Lesson(pictures[:, 0], torch.empty(0, dtype=torch.int64), pictures[:, 0], worded[:, 0])
         fractions = uniform(self.seed, "anchor s", slots[slots % every == 0])
         s = choose_timesteps(fractions, student, num_train_timesteps=len(schedule))
         timesteps = torch.tensor(student_timesteps(student.num_timesteps, num_train_timesteps=len(schedule)))
-        place = (s[:, None] == timesteps).long().argmax(1)
-        noised = schedule.student_input(target, self.noise(rows).to(like), s)
-        later = drawn.path[torch.arange(len(rows)), (place - 1).clamp(min=0)]
-        is_first = (place == 0)[:, None, None, None].to(like.device)
-        return Lesson(torch.where(is_first, noised, later), s, target, drawn.worded)
+        place, each = (s[:, None] == timesteps).long().argmax(1), torch.arange(len(rows))
+        noise = self.noise(rows)[each, place].to(like)
+        x_s = schedule.student_input(pictures[each, (place - 1).clamp(min=0)], noise, s)
+        return Lesson(x_s, s, pictures[each, place], worded[each, place])
+
+
+def anchor_noise(shape: Sequence[int], seed: int, rows: Int[Tensor, " b"], count: int) -> Float[Tensor, "b k c h w"]:
+    """The noise of these anchors at each of `count` timesteps."""
+    streams = ("anchor", *(f"anchor, timestep {place}" for place in range(1, count)))
+    return torch.stack([normal(shape, seed, stream, rows) for stream in streams], 1)
 
 
 def anchored(recipe: Recipe) -> StudentRecipe:
@@ -118,38 +119,42 @@ def draw_anchors(
     teacher: Denoiser,
     condition: Condition,
     blank: Condition,
-    noise: Float[Tensor, "n c h w"],
+    noise: Float[Tensor, "n k c h w"],
     *,
     steps: int,
     guidance: float,
-    num_timesteps: int,
 ) -> Drawn:
-    """The guided teacher's pictures from this noise by DPM-Solver++ (arXiv 2211.01095), and the way there.
+    """The guided teacher's pictures by DPM-Solver++ (arXiv 2211.01095), from noise at each of the student's timesteps.
 
-    `blank`: `model.blank_prompts(condition)`. `steps` is a multiple of the student's `num_timesteps`, so that its
-    timesteps are among the solver's.
+    From pure noise in `steps`, a multiple of their number k; from each later one, over the picture before, in those of
+    the steps that are left. `blank`: `model.blank_prompts(condition)`.
     """
-    solver = DPMSolverMultistepScheduler(
-        **beta_settings(model.scheduler_config),
-        prediction_type="sample",
-        timestep_spacing="trailing",
-        final_sigmas_type="zero",
-    )
-    solver.set_timesteps(steps, device=noise.device)
-    stations = student_timesteps(num_timesteps, num_train_timesteps=len(model.schedule))[1:]
     both = joined(condition, blank)
-    x = model.schedule.student_input(noise, noise, solver.timesteps[:1].cpu().expand(len(noise)))
-    path, moved = [], torch.zeros_like(noise[:, 0])
-    for i, t in enumerate(solver.timesteps):
-        if int(t) in stations:
-            path.append(x)
-        worded, wordless = teacher(torch.cat([x, x]), t.expand(2 * len(x)), both).chunk(2)
-        if i >= steps // 2:
-            moved += (worded - wordless).square().mean(1)
-        x = solver.step(wordless + guidance * (worded - wordless), t, x).prev_sample
-    mean = moved.mean(dim=(1, 2), keepdim=True)
-    moved = torch.where(mean > 0, moved / mean, torch.ones_like(moved))
-    return Drawn(torch.stack([*path, x], 1).half().cpu(), moved.half().cpu())
+    picture, pictures, moved = torch.zeros_like(noise[:, 0]), [], []
+    for place, station in enumerate(student_timesteps(noise.shape[1], num_train_timesteps=len(model.schedule))):
+        solver = DPMSolverMultistepScheduler(
+            **beta_settings(model.scheduler_config),
+            prediction_type="sample",
+            timestep_spacing="trailing",
+            final_sigmas_type="zero",
+        )
+        solver.set_timesteps(steps, device=noise.device)
+        begin = solver.timesteps.tolist().index(station)
+        solver.set_begin_index(begin)
+        x = model.schedule.student_input(picture, noise[:, place], torch.tensor([station]).expand(len(noise)))
+        moves = torch.zeros_like(x[:, 0])
+        for i, t in enumerate(solver.timesteps[begin:], begin):
+            worded, wordless = teacher(torch.cat([x, x]), t.expand(2 * len(x)), both).chunk(2)
+            if i >= steps // 2:
+                moves += (worded - wordless).square().mean(1)
+            x = solver.step(wordless + guidance * (worded - wordless), t, x).prev_sample
+        picture = x.half().to(x)  # as it is kept
+        pictures.append(picture)
+        moved.append(moves)
+    worded = torch.stack(moved, 1)
+    mean = worded.mean(dim=(2, 3), keepdim=True)
+    worded = torch.where(mean > 0, worded / mean, torch.ones_like(worded))
+    return Drawn(torch.stack(pictures, 1).half().cpu(), worded.half().cpu())
 
 
 def anchor_loss(

@@ -98,16 +98,17 @@ class UntrainedAnchors(Anchors):
     """Anchors whose noise is no particular one, which fake numbers could not tell."""
 
     def noise(self, rows: Sequence[int]) -> Tensor:
-        return torch.zeros(len(rows), *self.shards[0].path.shape[2:])
+        return torch.zeros(len(rows), *self.shards[0].pictures.shape[1:])
 
 
 def untrained_anchors(recipe: Recipe, model: DiffusionModel) -> Anchors:
     """One, of the size that all have."""
     size = (recipe.data.size, recipe.data.size)
     side = recipe.data.size // model.vae_scale_factor
-    shape = (1, recipe.student.num_timesteps, model.unet.config.in_channels, side, side)
-    path, worded = (torch.zeros(s, dtype=torch.float16, device="cpu") for s in (shape, (1, side, side)))
-    return UntrainedAnchors([Drawn(path, worded)], ("a picture",), recipe.seed, size)
+    stations, channels = recipe.student.num_timesteps, model.unet.config.in_channels
+    shapes = (1, stations, channels, side, side), (1, stations, side, side)
+    drawn = Drawn(*(torch.zeros(shape, dtype=torch.float16, device="cpu") for shape in shapes))
+    return UntrainedAnchors([drawn], ("a picture",), recipe.seed, size)
 
 
 def tiny_autoencoder_for(model: DiffusionModel) -> AutoencoderTiny:

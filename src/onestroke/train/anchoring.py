@@ -19,13 +19,12 @@ from onestroke.config import Recipe
 from onestroke.data.plan import picture_at
 from onestroke.data.source import Source
 from onestroke.distill.add import STUDENT
-from onestroke.distill.anchors import STREAM, Anchoring, Anchors, Drawn, anchored, draw_anchors
+from onestroke.distill.anchors import Anchoring, Anchors, Drawn, anchor_noise, anchored, draw_anchors
 from onestroke.divided import mapped, may_be_shared
 from onestroke.errors import CheckpointError, DataError
 from onestroke.families.fingerprint import fingerprint
 from onestroke.families.model import DiffusionModel
 from onestroke.precision import autocast_dtype
-from onestroke.randomness import normal
 from onestroke.tensor_files import write_tensors
 from onestroke.train.checkpoint import list_checkpoints
 from onestroke.train.ranks import any_rank, from_first, num_ranks, rank, share_of
@@ -86,7 +85,7 @@ def _page(recipe: Recipe, made_by: str, captions: Sequence[str]) -> str:
     """What a shard was drawn by and of, to know it again."""
     return json.dumps({
         "made_by": made_by, "steps": recipe.anchors.steps, "guidance": _guidance(recipe), "size": _size(recipe),
-        "num_timesteps": recipe.student.num_timesteps, "seed": recipe.seed,
+        "num_timesteps": recipe.student.num_timesteps, "later": "noise over the picture before", "seed": recipe.seed,
         "captions": hashlib.sha256(json.dumps(captions).encode()).hexdigest()[:16],
     })  # fmt: skip
 
@@ -115,12 +114,10 @@ def _drawing(teacher: DiffusionModel, recipe: Recipe) -> Callable[[Sequence[str]
     @torch.no_grad()
     def draw_some(group: tuple[tuple[Condition, Condition], Tensor]) -> Drawn:
         (condition, blank), rows = group
-        noise = normal(shape, recipe.seed, STREAM, rows).to(device, teacher.dtype)
+        noise = anchor_noise(shape, recipe.seed, rows, recipe.student.num_timesteps).to(device, teacher.dtype)
         with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            return draw_anchors(
-                teacher, denoiser, condition, blank, noise,
-                steps=recipe.anchors.steps, guidance=_guidance(recipe), num_timesteps=recipe.student.num_timesteps,
-            )  # fmt: skip
+            steps, guidance = recipe.anchors.steps, _guidance(recipe)
+            return draw_anchors(teacher, denoiser, condition, blank, noise, steps=steps, guidance=guidance)
 
     def draw(captions: Sequence[str], rows: Tensor) -> Drawn:
         firsts = range(0, len(captions), DRAWN_AT_ONCE)
