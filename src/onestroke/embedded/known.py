@@ -22,6 +22,11 @@ from onestroke.embedded.naming import PictureNaming
 VALUES = {name: (NOTHING, *names) for name, names in judged_values().items()}
 
 
+def rows_at(slots: torch.Tensor, cache: CachedLatents, recipe: PretrainRecipe) -> list[int]:
+    """Which of the cached pictures a run shows in these slots."""
+    return [picture_at(slot, len(cache), seed=recipe.seed) for slot in slots.tolist()]
+
+
 def naming_hint(
     source: Source, cache: CachedLatents, recipe: PretrainRecipe, pipeline: StableDiffusionXLPipeline
 ) -> PictureNaming | None:
@@ -32,7 +37,7 @@ def naming_hint(
     labels = torch.tensor(rows, dtype=torch.int64)
 
     def labels_at(slots: torch.Tensor) -> torch.Tensor:
-        return labels[[picture_at(slot, len(cache), seed=recipe.seed) for slot in slots.tolist()]]
+        return labels[rows_at(slots, cache, recipe)]
 
     hint = PictureNaming(pipeline.unet.config.block_out_channels[-1], VALUES, labels_at)
     hint.module.to(pipeline.device)
@@ -49,7 +54,7 @@ def blank_odds(
     odds /= odds.mean()
 
     def odds_at(slots: torch.Tensor) -> torch.Tensor:
-        return odds[[picture_at(slot, len(cache), seed=recipe.seed) for slot in slots.tolist()]]
+        return odds[rows_at(slots, cache, recipe)]
 
     return odds_at
 
@@ -75,7 +80,6 @@ def parts_counting(
     )
 
     def emphasis_at(slots: torch.Tensor) -> torch.Tensor:
-        rows = [picture_at(slot, len(cache), seed=recipe.seed) for slot in slots.tolist()]
-        return emphasis(parts[rows], recipe.emphasis)
+        return emphasis(parts[rows_at(slots, cache, recipe)], recipe.emphasis)
 
     return emphasis_at

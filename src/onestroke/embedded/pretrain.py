@@ -31,7 +31,7 @@ from onestroke.embedded.judge import (
     save_judge,
     settle_norms,
 )
-from onestroke.embedded.known import VALUES, blank_odds, naming_hint, parts_counting
+from onestroke.embedded.known import VALUES, blank_odds, naming_hint, parts_counting, rows_at
 from onestroke.embedded.naming import TextNaming, named_labels
 from onestroke.errors import ModelError
 from onestroke.export import export_folder
@@ -92,14 +92,11 @@ def pretrain_decoder(
         vae = AutoencoderKL.from_pretrained(out / "vae" / "final")
         parts = parts_counting(out, source, cache, recipe, num_workers=machine.num_workers, log=log)
 
-        def rows(slots: torch.Tensor) -> list[int]:
-            return [picture_at(slot, len(cache), seed=recipe.seed) for slot in slots.tolist()]
-
         vae = train_decoder(
             vae,
             out / "decoder",
             _OfCache(source, cache, recipe.seed),
-            lambda slots: cache.latents[rows(slots)].float() / vae.config.scaling_factor,
+            lambda slots: cache.latents[rows_at(slots, cache, recipe)].float() / vae.config.scaling_factor,
             lambda slots: torch.zeros(len(slots), *cache.latents.shape[-2:]) if parts is None else parts(slots),
             DecoderRecipe(num_images=recipe.decoder_images),
             machine=machine,

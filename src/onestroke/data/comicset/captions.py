@@ -40,7 +40,7 @@ def make_caption(character: Character, rng: np.random.Generator, *, share: float
 
 
 def odds_of_silence(character: Character) -> float:
-    """How likely a caption is to name nothing of `character`: the more can be seen of it, the less.
+    """How likely a caption is to name nothing of `character`, if it names each visible attribute half the time.
 
     Captions name what is there, so glasses that go unnamed are rarer than glasses. A blank caption that says as little
     as these do has to stand for pictures by these odds; else guidance, which leads away from what a blank caption
