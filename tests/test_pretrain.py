@@ -19,7 +19,7 @@ from onestroke.distill.denoising import Denoising
 from onestroke.embedded.autoencoder import build_autoencoder
 from onestroke.embedded.emphasis import small_parts
 from onestroke.embedded.known import blank_odds
-from onestroke.embedded.pretrain import pretrain_decoder
+from onestroke.embedded.pretrain import pretrain_decoder, pretrain_teacher
 from onestroke.errors import CheckpointError, ModelError
 from onestroke.families.fingerprint import fingerprint
 from tests.consoles import onestroke, paper, text_of
@@ -156,6 +156,24 @@ def test_a_blank_caption_stands_rather_for_pictures_of_which_there_is_little_to_
     names = [len(source.character(5 + picture_at(slot, 50, seed=recipe.seed)).values) for slot in range(50)]
     for slot in range(1, 50):
         assert odds[slot] / odds[0] == pytest.approx(0.5 ** (names[slot] - names[0]))
+
+
+def test_the_teacher_of_comicset_is_told_what_its_pictures_hold(monkeypatch, tmp_path):
+    class Reached(Exception):
+        pass
+
+    def take(model, settings, **kwargs):
+        raise Reached(kwargs)
+
+    monkeypatch.setattr("onestroke.embedded.pretrain.Denoising", take)
+    build_autoencoder().save_pretrained(tmp_path / "vae" / "final")
+    source, recipe, slots = ComicSource(6), pretrain_recipe([]), torch.arange(6)
+    cache = CachedLatents(torch.randn(6, 8, 16, 16), torch.arange(6), torch.zeros(6, 4), (128, 128))
+    with pytest.raises(Reached) as reached:
+        pretrain_teacher(tmp_path, source, cache, recipe, log=lambda line: None)
+    (given,) = reached.value.args
+    assert torch.equal(given["blank_odds"](slots), blank_odds(source, cache, recipe)(slots))
+    assert given["blank_odds"](slots).std() > 0 and given["emphasis"](slots).sum() > 0 and given["hint"] is not None
 
 
 def test_a_stage_stops_at_the_first_saving_past_its_time():
