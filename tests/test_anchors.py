@@ -18,11 +18,12 @@ from tiny_runs import endless, tiny_add, tiny_batch, tiny_dinov2, tiny_recipe, w
 
 from onestroke.api import distill
 from onestroke.build import add_trainer, source_of, teacher_of
-from onestroke.config import Recipe, StudentRecipe
+from onestroke.config import Recipe, StudentRecipe, recipe_from
 from onestroke.distill.add import STUDENT
 from onestroke.distill.anchors import MOST, ROUND, Anchoring, Anchors, Drawn, anchor_loss, anchored, draw_anchors
 from onestroke.errors import CheckpointError, DataError, RecipeError
-from onestroke.families.load import from_pipeline
+from onestroke.families.load import from_pipeline, load_model
+from onestroke.schedule import beta_settings
 from onestroke.train import anchoring
 from onestroke.train.anchoring import SHARD_PICTURES, anchor_batches, anchors_of
 from onestroke.train.checkpoint import load_newest
@@ -33,7 +34,9 @@ from onestroke.train.trainer import Progress, Trainer, TrainSettings
 def some_anchors(count: int = 5, *, side: int = 8) -> Anchors:
     pictures = torch.randn(count, 4, 4, side, side, generator=torch.Generator().manual_seed(3)).half()
     worded = torch.rand(count, 4, side, side, generator=torch.Generator().manual_seed(4)).half()
-    shards = [Drawn(pictures[first : first + 3], worded[first : first + 3]) for first in range(0, count, 3)]
+    given = torch.cat([torch.zeros_like(pictures[:, :1]), pictures[:, :-1]], 1)
+    parts = Drawn(pictures, worded, given)
+    shards = [Drawn(*(part[first : first + 3] for part in parts)) for first in range(0, count, 3)]
     return Anchors(shards, [f"anchor {i}" for i in range(count)], seed=0, size=(4 * side, 4 * side))
 
 
@@ -194,6 +197,65 @@ def test_the_teachers_own_sampling_does_not_move_the_timesteps():
 
     plain = drawn()
     assert plain.pictures.shape[1] == 4 and torch.equal(drawn(use_karras_sigmas=True).pictures, plain.pictures)
+
+
+def test_the_teacher_mends_what_the_student_drew(recipe, tmp_path):
+    """Of half of them, the later timesteps begin from the student's pictures, drawn as it draws, one from the other."""
+    teacher, source = teacher_of(recipe), source_of(recipe.data)
+    folder = tmp_path / "student"
+    pipeline = tiny_sdxl("v_prediction", True)
+    with torch.no_grad():
+        pipeline.unet.conv_out.weight.mul_(1.5)
+    pipeline.save_pretrained(folder)
+    student = teacher.denoiser(load_model(folder, dtype=torch.float64).unet)
+    mixed = changed(recipe, count=12, given_by_student=0.5)
+    mixed = mixed.model_copy(update={"student": mixed.student.model_copy(update={"source": str(folder)})})
+    anchors = anchors_of(teacher, source, mixed, tmp_path / "mixed", tell=lambda line: None)
+    alone = anchors_of(teacher, source, changed(recipe, count=12), tmp_path / "alone", tell=lambda line: None)
+    rows = range(12)
+    drawn, plain, noise = anchors.at(rows), alone.at(rows), anchors.noise(rows).double()
+    assert torch.equal(drawn.pictures[:, 0], plain.pictures[:, 0]) and not drawn.given[:, 0].any()
+    assert torch.equal(plain.given[:, 1:], plain.pictures[:, :-1])
+    own = (drawn.given[:, 1] != plain.given[:, 1]).flatten(1).any(1)
+    assert 2 <= own.sum() <= 10
+    for one, other in zip(drawn, plain, strict=True):
+        assert torch.equal(one[~own], other[~own])
+    condition = teacher.full_size(teacher.encode_prompts(anchors.captions), anchors.size)
+    with torch.no_grad():
+        for place, timestep in enumerate((999, 749, 499)):
+            t = torch.full((12,), timestep)
+            x_s = teacher.schedule.student_input(drawn.given[:, place].double(), noise[:, place], t)
+            begun = student(x_s, t, condition)
+            torch.testing.assert_close(drawn.given[own, place + 1].double(), begun[own], rtol=2e-3, atol=2e-3)
+        # the last two of eight steps, from the student's picture at 499 under noise
+        t, solver = torch.full((12,), 249), DPMSolverMultistepScheduler(
+            **beta_settings(teacher.scheduler_config), prediction_type="sample", timestep_spacing="trailing",
+            final_sigmas_type="zero",
+        )  # fmt: skip
+        solver.set_timesteps(8)
+        solver.set_begin_index(6)
+        x = teacher.schedule.student_input(drawn.given[:, 3].double(), noise[:, 3], t)
+        blank, unguided = teacher.blank_prompts(condition), teacher.denoiser()
+        for step in solver.timesteps[6:]:
+            worded, wordless = (unguided(x, step.expand(12), one) for one in (condition, blank))
+            x = solver.step(wordless + 3.0 * (worded - wordless), step, x).prev_sample
+    torch.testing.assert_close(drawn.pictures[:, 3].double(), x, rtol=2e-3, atol=2e-3)
+
+    (batch,) = anchor_batches(anchors, 0, 60, 60)
+    lesson = anchors.lesson(batch.slots, 1, StudentRecipe(), teacher.schedule, noise)
+    order, here = anchors.rows_of(batch.slots, 1), lesson.s == 749
+    expected = teacher.schedule.add_noise(drawn.given[order, 1].double(), noise[order, 1], lesson.s)
+    assert torch.equal(lesson.x_s[here], expected[here]) and here.sum() > 5
+    with torch.no_grad():
+        pipeline.unet.conv_out.weight.mul_(1.5)
+    pipeline.save_pretrained(folder)
+    with pytest.raises(DataError, match=re.escape("these anchors are of another teacher, student")):
+        anchors_of(teacher, source, mixed, tmp_path / "mixed", tell=lambda line: None)
+
+
+def test_only_a_student_that_draws_already_gives_pictures(recipe):
+    with pytest.raises(RecipeError, match=re.escape("name it in student.source")):
+        recipe_from(recipe.model_dump(), ["anchors.given_by_student=0.5"])
 
 
 def test_anchors_are_read_under_the_autocast_of_a_cpu():

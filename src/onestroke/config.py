@@ -142,6 +142,8 @@ class AnchorRecipe(Section):
 
     count: int = Field(0, ge=0)  # of them; 0: none
     steps: int = Field(12, ge=2)  # of the solver that draws them; a multiple of student.num_timesteps
+    given_by_student: float = Field(0.0, ge=0, le=1)  # share whose later timesteps begin from what student.source
+    # drew at the timestep before, not from the teacher's pictures
     images: int = Field(0, ge=0)  # pictures that the student learns from anchors alone, before ADD begins
     learning_rate: float | None = Field(None, gt=0)  # while it does; None: the student's
     every: int = Field(4, ge=1)  # beside ADD: one anchor to so many pictures
@@ -237,6 +239,10 @@ class Recipe(Section):
         if self.anchors.count and steps % stations:
             raise ValueError(
                 f"anchors.steps is no multiple of student.num_timesteps: set it to {stations * (1 + steps // stations)}"
+            )
+        if self.anchors.given_by_student and self.student.source is None:
+            raise ValueError(
+                "anchors.given_by_student needs a student that draws in one step already: name it in student.source"
             )
         if self.anchors.kept and self.student.lora:
             raise ValueError("anchors.kept mixes whole weights: set it to 0 for an adapter (student.lora)")

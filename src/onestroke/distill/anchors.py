@@ -5,7 +5,9 @@ another noise is another picture, and a discriminator asks for it only faintly. 
 solver gives them, do (DMD, arXiv 2311.18828, section 3.2, the regression loss; here between latents). At its later
 timesteps a student is given the picture that it has just drawn, under new noise. The teacher is given the same, its own
 picture under new noise, and draws on from there: what went wrong between one timestep and the next is mended, as by a
-stochastic solver, and the pictures come nearer to real ones from timestep to timestep.
+stochastic solver, and the pictures come nearer to real ones from timestep to timestep. Where a student goes on that
+draws already, the teacher can be given that student's picture instead, and mends what this student does wrong: a model
+that learns from another's path has never seen where its own leads (DAgger, arXiv 1011.0686).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 from diffusers import DPMSolverMultistepScheduler
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from onestroke.config import Recipe, StudentRecipe
@@ -37,6 +39,7 @@ class Drawn(NamedTuple):
 
     pictures: Float[Tensor, "n k c h w"]  # scaled latents: from noise, and from noise over the picture before, k times
     worded: Float[Tensor, "n k h w"]  # how much words still moved each place at timesteps below half; mean 1
+    given: Float[Tensor, "n k c h w"]  # what the noise was added to: zeros, then what was drawn at the timestep before
 
 
 class Lesson(NamedTuple):
@@ -67,13 +70,12 @@ class Anchors:
         """These anchors, read from their shards, in float32: the CPU's autocast stacks no float16."""
         length = len(self.shards[0].pictures)
         places = [divmod(row, length) for row in rows]
-        pictures, worded = (
+        return Drawn(*(
             torch.stack([self.shards[shard][part][row].float() for shard, row in places])
             if places
             else self.shards[0][part][:0].float()
-            for part in range(2)
-        )
-        return Drawn(pictures, worded)
+            for part in range(len(Drawn._fields))
+        ))  # fmt: skip
 
     def noise(self, rows: Sequence[int]) -> Float[Tensor, "b k c h w"]:
         """What these anchors were drawn from at each of the student's timesteps."""
@@ -90,7 +92,7 @@ class Anchors:
     ) -> Lesson:
         """The anchors of these slots, each at one of the student's timesteps, in the dtype and place of `like`."""
         rows = self.rows_of(slots, every)
-        pictures, worded = (part.to(like) for part in self.at(rows))
+        pictures, worded, given = (part.to(like) for part in self.at(rows))
         if not rows:
             return Lesson(pictures[:, 0], torch.empty(0, dtype=torch.int64), pictures[:, 0], worded[:, 0])
         fractions = uniform(self.seed, "anchor s", slots[slots % every == 0])
@@ -98,7 +100,7 @@ class Anchors:
         timesteps = torch.tensor(student_timesteps(student.num_timesteps, num_train_timesteps=len(schedule)))
         place, each = (s[:, None] == timesteps).long().argmax(1), torch.arange(len(rows))
         noise = self.noise(rows)[each, place].to(like)
-        x_s = schedule.student_input(pictures[each, (place - 1).clamp(min=0)], noise, s)
+        x_s = schedule.student_input(given[each, place], noise, s)
         return Lesson(x_s, s, pictures[each, place], worded[each, place])
 
 
@@ -123,14 +125,17 @@ def draw_anchors(
     *,
     steps: int,
     guidance: float,
+    student: Denoiser | None = None,
+    own: Bool[Tensor, " n"] | None = None,
 ) -> Drawn:
     """The guided teacher's pictures by DPM-Solver++ (arXiv 2211.01095), from noise at each of the student's timesteps.
 
     From pure noise in `steps`, a multiple of their number k; from each later one, over the picture before, in those of
-    the steps that are left. `blank`: `model.blank_prompts(condition)`.
+    the steps that are left. `blank`: `model.blank_prompts(condition)`. Where `own` is true, the picture before is not
+    the teacher's but the one that `student` drew of what the teacher was given there.
     """
     both = joined(condition, blank)
-    picture, pictures, moved = torch.zeros_like(noise[:, 0]), [], []
+    before, pictures, moved, given = torch.zeros_like(noise[:, 0]), [], [], []
     for place, station in enumerate(student_timesteps(noise.shape[1], num_train_timesteps=len(model.schedule))):
         solver = DPMSolverMultistepScheduler(
             **beta_settings(model.scheduler_config),
@@ -141,20 +146,24 @@ def draw_anchors(
         solver.set_timesteps(steps, device=noise.device)
         begin = solver.timesteps.tolist().index(station)
         solver.set_begin_index(begin)
-        x = model.schedule.student_input(picture, noise[:, place], torch.tensor([station]).expand(len(noise)))
+        t_begin = torch.tensor([station], device=noise.device).expand(len(noise))
+        x = x_begin = model.schedule.student_input(before, noise[:, place], t_begin)
         moves = torch.zeros_like(x[:, 0])
         for i, t in enumerate(solver.timesteps[begin:], begin):
             worded, wordless = teacher(torch.cat([x, x]), t.expand(2 * len(x)), both).chunk(2)
             if i >= steps // 2:
                 moves += (worded - wordless).square().mean(1)
             x = solver.step(wordless + guidance * (worded - wordless), t, x).prev_sample
-        picture = x.half().to(x)  # as it is kept
-        pictures.append(picture)
+        given.append(before)
+        pictures.append(x)
         moved.append(moves)
+        if student is not None and own is not None:
+            x = torch.where(own[:, None, None, None], student(x_begin, t_begin, condition).to(x), x)
+        before = x.half().to(x)  # as it is kept
     worded = torch.stack(moved, 1)
     mean = worded.mean(dim=(2, 3), keepdim=True)
     worded = torch.where(mean > 0, worded / mean, torch.ones_like(worded))
-    return Drawn(torch.stack(pictures, 1).half().cpu(), worded.half().cpu())
+    return Drawn(*(part.half().cpu() for part in (torch.stack(pictures, 1), worded, torch.stack(given, 1))))
 
 
 def anchor_loss(

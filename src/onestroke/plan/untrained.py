@@ -106,8 +106,8 @@ def untrained_anchors(recipe: Recipe, model: DiffusionModel) -> Anchors:
     size = (recipe.data.size, recipe.data.size)
     side = recipe.data.size // model.vae_scale_factor
     stations, channels = recipe.student.num_timesteps, model.unet.config.in_channels
-    shapes = (1, stations, channels, side, side), (1, stations, side, side)
-    drawn = Drawn(*(torch.zeros(shape, dtype=torch.float16, device="cpu") for shape in shapes))
+    pictures = torch.zeros(1, stations, channels, side, side, dtype=torch.float16, device="cpu")
+    drawn = Drawn(pictures, pictures[:, :, 0], pictures)
     return UntrainedAnchors([drawn], ("a picture",), recipe.seed, size)
 
 

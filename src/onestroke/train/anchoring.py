@@ -20,11 +20,13 @@ from onestroke.data.plan import picture_at
 from onestroke.data.source import Source
 from onestroke.distill.add import STUDENT
 from onestroke.distill.anchors import Anchoring, Anchors, Drawn, anchor_noise, anchored, draw_anchors
+from onestroke.distill.student import build_student
 from onestroke.divided import mapped, may_be_shared
 from onestroke.errors import CheckpointError, DataError
 from onestroke.families.fingerprint import fingerprint
-from onestroke.families.model import DiffusionModel
+from onestroke.families.model import Denoiser, DiffusionModel
 from onestroke.precision import autocast_dtype
+from onestroke.randomness import uniform
 from onestroke.tensor_files import write_tensors
 from onestroke.train.checkpoint import list_checkpoints
 from onestroke.train.ranks import any_rank, from_first, num_ranks, rank, share_of
@@ -51,13 +53,15 @@ def anchors_of(
     None where `is_late()` was true before all were drawn; what is there is not drawn again.
 
     The teacher draws as its owner would, by DPM-Solver++ (arXiv 2211.01095), with captions of the training pictures and
-    the middle of the recipe's guidance. A folder that another teacher, source or recipe filled raises DataError.
+    the middle of the recipe's guidance. A folder that another teacher, student, source or recipe filled raises
+    DataError.
     """
     count = recipe.anchors.count
     picked = [picture_at(i, len(source), seed=recipe.seed) for i in range(min(count, len(source)))]
     captions = [source.caption(picked[i % len(picked)], slot=i) for i in range(count)]
     folder.mkdir(parents=True, exist_ok=True)
-    made_by = fingerprint(teacher.unet)
+    student = _first_student(teacher, recipe)
+    made_by = [fingerprint(model.unet) for model in (teacher, student) if model]
     parts = [range(first, min(first + SHARD_PICTURES, count)) for first in range(0, count, SHARD_PICTURES)]
     paths = [folder / f"anchors-{rows[0]:07d}-{rows[-1]:07d}.safetensors" for rows in parts]
     pages = [_page(recipe, made_by, captions[rows[0] : rows[-1] + 1]) for rows in parts]
@@ -65,7 +69,7 @@ def anchors_of(
     if todo:
         home = teacher.device
         teacher.unet.to(next(teacher.vae.parameters()).device)  # a run that splits it keeps it elsewhere until then
-        draw = _drawing(teacher, recipe)
+        draw = _drawing(teacher, student, recipe)
         tell(f"the teacher draws {count} pictures for the student to begin with; once for this folder")
         for i in todo[rank() :: num_ranks()]:
             if is_late():
@@ -81,11 +85,21 @@ def anchors_of(
     return Anchors(shards, captions, recipe.seed, _size(recipe))
 
 
-def _page(recipe: Recipe, made_by: str, captions: Sequence[str]) -> str:
+def _first_student(teacher: DiffusionModel, recipe: Recipe) -> Denoiser | None:
+    """The student as the run begins with it, where it draws some of what anchors begin from."""
+    if not recipe.anchors.given_by_student:
+        return None
+    unet = build_student(teacher, recipe.student, seed=recipe.seed).eval().requires_grad_(False)
+    unet.to(next(teacher.vae.parameters()).device, teacher.dtype, memory_format=torch.channels_last)
+    return teacher.denoiser(unet, prediction_type=recipe.student.prediction_type)
+
+
+def _page(recipe: Recipe, made_by: Sequence[str], captions: Sequence[str]) -> str:
     """What a shard was drawn by and of, to know it again."""
     return json.dumps({
         "made_by": made_by, "steps": recipe.anchors.steps, "guidance": _guidance(recipe), "size": _size(recipe),
-        "num_timesteps": recipe.student.num_timesteps, "later": "noise over the picture before", "seed": recipe.seed,
+        "num_timesteps": recipe.student.num_timesteps, "seed": recipe.seed,
+        "given_by_student": recipe.anchors.given_by_student,
         "captions": hashlib.sha256(json.dumps(captions).encode()).hexdigest()[:16],
     })  # fmt: skip
 
@@ -98,7 +112,9 @@ def _guidance(recipe: Recipe) -> float:
     return sum(recipe.teacher.guidance) / 2
 
 
-def _drawing(teacher: DiffusionModel, recipe: Recipe) -> Callable[[Sequence[str], Tensor], Drawn]:
+def _drawing(
+    teacher: DiffusionModel, student: Denoiser | None, recipe: Recipe
+) -> Callable[[Sequence[str], Tensor], Drawn]:
     """From captions and anchors' numbers to anchors; on a CPU each core draws some."""
     size = _size(recipe)
     shape = (teacher.unet.config.in_channels, *(length // teacher.vae_scale_factor for length in size))
@@ -117,7 +133,18 @@ def _drawing(teacher: DiffusionModel, recipe: Recipe) -> Callable[[Sequence[str]
         noise = anchor_noise(shape, recipe.seed, rows, recipe.student.num_timesteps).to(device, teacher.dtype)
         with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
             steps, guidance = recipe.anchors.steps, _guidance(recipe)
-            return draw_anchors(teacher, denoiser, condition, blank, noise, steps=steps, guidance=guidance)
+            own = uniform(recipe.seed, "anchor given", rows) < recipe.anchors.given_by_student
+            return draw_anchors(
+                teacher,
+                denoiser,
+                condition,
+                blank,
+                noise,
+                steps=steps,
+                guidance=guidance,
+                student=student,
+                own=own.to(device),
+            )
 
     def draw(captions: Sequence[str], rows: Tensor) -> Drawn:
         firsts = range(0, len(captions), DRAWN_AT_ONCE)
@@ -138,7 +165,7 @@ def _read(path: Path, page: str) -> Drawn:
     with safe_open(path, "pt") as file:
         if (file.metadata() or {}).get("onestroke") != page:
             raise DataError(
-                "these anchors are of another teacher, of other captions or of another recipe",
+                "these anchors are of another teacher, student or recipe, or of other captions",
                 where=str(path.parent),
                 fix="Delete this folder, or train in another one.",
             )
