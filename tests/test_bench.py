@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from onestroke import embedded
 from onestroke.commands import bench
 from onestroke.config import load_recipe
+from onestroke.distill.add import ADD
 from onestroke.evaluate.drawing import contenders, time_parts
 from onestroke.evaluate.latency import PartTimer, measure_latency
+from onestroke.types import Batch
 from tests.consoles import paper, text_of
 from tests.pipelines import tiny_sdxl
 
@@ -16,14 +19,34 @@ from tests.pipelines import tiny_sdxl
 def test_bench_times_the_step_and_its_parts_and_leaves_the_player_trainable(weights, monkeypatch):
     trainers = []
     build = bench.add_trainer
-    monkeypatch.setattr(bench, "add_trainer", lambda *a: trainers.append(build(*a)) or trainers[0])
+    monkeypatch.setattr(bench, "add_trainer", lambda *a: trainers.append(build(*a)) or trainers[-1])
     times = bench.measure_step(load_recipe("mini", ["train.batch_size=2"]), rounds=2)
-    assert set(bench.MAIN_PARTS) | {bench.STEP} <= times.keys()
+    assert set(bench.MAIN_PARTS) | {bench.STEP, bench.ENCODED} <= times.keys()
     assert all(len(values) == 2 and min(values) > 0 for values in times.values())
     assert min(times[bench.STEP]) > min(times["text encoders"])
-    assert trainers[0].step == 2 + bench.WARM_UPS
-    for player in trainers[0].method.players.values():
-        assert all(parameter.grad is None and parameter.requires_grad for parameter in player.module.parameters())
+    rounds = 2 + bench.WARM_UPS
+    assert [trainer.step for trainer in trainers] == [rounds, rounds]
+    for trainer in trainers:
+        for player in trainer.method.players.values():
+            assert all(parameter.grad is None and parameter.requires_grad for parameter in player.module.parameters())
+
+
+@pytest.mark.parametrize("real", ["reconstructed", "data"])
+def test_the_encoded_step_works_on_the_same_latents_and_encodes_nothing(real, weights, monkeypatch):
+    latents, given = {}, ADD._given
+
+    def kept(method: ADD, batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor]:
+        images, found = given(method, batch)
+        assert (images is None) == (batch.latents is not None and real == "reconstructed")
+        latents[batch.latents is None, tuple(batch.slots.tolist())] = found
+        return images, found
+
+    monkeypatch.setattr(ADD, "_given", kept)
+    bench.measure_step(load_recipe("mini", ["train.batch_size=2", f"discriminator.real={real}"]), rounds=0)
+    encoded = [slots for is_plain, slots in latents if not is_plain and len(slots) == 2]
+    assert len(encoded) == bench.WARM_UPS
+    for slots in encoded:
+        torch.testing.assert_close(latents[False, slots], latents[True, slots], rtol=0, atol=1e-3)
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -64,13 +87,19 @@ def test_the_steps_ratio_is_taken_within_the_round():
 
 
 def test_bench_train_step_prints_both_ratios(monkeypatch):
-    parts = {bench.STEP: [0.2], **{name: [0.025] for name in bench.MAIN_PARTS}, "text encoders": [0.075]}
+    parts = {
+        bench.STEP: [0.2],
+        bench.ENCODED: [0.15],
+        **{name: [0.025] for name in bench.MAIN_PARTS},
+        "text encoders": [0.075],
+    }
     monkeypatch.setattr(bench, "measure_step", lambda recipe, *, rounds: parts)
     console = paper()
     bench.run_train_step(4, 1, console)
     printed = text_of(console)
     assert "125 ms" in printed and "200 ms" in printed  # the sums
     assert "step / the first five parts: 1.60" in printed and "step / all parts: 1.00" in printed
+    assert "step, pictures encoded beforehand / the first five parts: 1.20" in printed
 
 
 def test_bench_inference_takes_drawing_apart(weights):
