@@ -14,7 +14,7 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline, UN
 from duels import assert_identical
 from pipelines import tiny_sdxl
 from rank_runs import in_ranks
-from tiny_runs import endless, tiny_add, tiny_batch, tiny_dinov2, tiny_recipe, write_folder
+from tiny_runs import endless, some_anchors, tiny_add, tiny_batch, tiny_dinov2, tiny_recipe, write_folder
 
 from onestroke.api import distill
 from onestroke.build import add_trainer, source_of, teacher_of
@@ -29,15 +29,6 @@ from onestroke.train.anchoring import SHARD_PICTURES, anchor_batches, anchors_of
 from onestroke.train.checkpoint import load_newest
 from onestroke.train.method import OptimizerSettings
 from onestroke.train.trainer import Progress, Trainer, TrainSettings
-
-
-def some_anchors(count: int = 5, *, side: int = 8) -> Anchors:
-    pictures = torch.randn(count, 4, 4, side, side, generator=torch.Generator().manual_seed(3)).half()
-    worded = torch.rand(count, 4, side, side, generator=torch.Generator().manual_seed(4)).half()
-    given = torch.cat([torch.zeros_like(pictures[:, :1]), pictures[:, :-1]], 1)
-    parts = Drawn(pictures, worded, given)
-    shards = [Drawn(*(part[first : first + 3] for part in parts)) for first in range(0, count, 3)]
-    return Anchors(shards, [f"anchor {i}" for i in range(count)], seed=0, size=(4 * side, 4 * side))
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 from onestroke.config import Recipe, recipe_from
 from onestroke.distill.add import ADD
+from onestroke.distill.anchors import Anchors, Drawn
 from onestroke.distill.features import FeatureNetwork
 from onestroke.distill.student import build_student
 from onestroke.families.load import from_pipeline
@@ -85,6 +86,15 @@ def tiny_trainer(*overrides: str, **kinds) -> Trainer:
     method = tiny_add(*overrides, **kinds)
     train = method.recipe.train
     return Trainer(method, TrainSettings(train.num_images, train.batch_size, train.micro_batch_size))
+
+
+def some_anchors(count: int = 5, *, side: int = 8) -> Anchors:
+    pictures = torch.randn(count, 4, 4, side, side, generator=torch.Generator().manual_seed(3)).half()
+    worded = torch.rand(count, 4, side, side, generator=torch.Generator().manual_seed(4)).half()
+    given = torch.cat([torch.zeros_like(pictures[:, :1]), pictures[:, :-1]], 1)
+    parts = Drawn(pictures, worded, given)
+    shards = [Drawn(*(part[first : first + 3] for part in parts)) for first in range(0, count, 3)]
+    return Anchors(shards, [f"anchor {i}" for i in range(count)], seed=0, size=(4 * side, 4 * side))
 
 
 def endless(batch_size: int = 4):

@@ -147,7 +147,9 @@ class AnchorRecipe(Section):
     images: int = Field(0, ge=0)  # pictures that the student learns from anchors alone, before ADD begins
     learning_rate: float | None = Field(None, gt=0)  # while it does; None: the student's
     every: int = Field(4, ge=1)  # beside ADD: one anchor to so many pictures
-    weight: float = Field(5.0, ge=0)  # beside ADD: of the distance between latents
+    weight: float = Field(5.0, ge=0)  # beside ADD: of an anchor's loss, the distance between latents
+    perceptual: float = Field(0.0, ge=0)  # in that loss: of the distance between the discriminator's features of the
+    # decoded pictures
     emphasis: float = Field(1.0, ge=0)  # of the places that words moved last, beside the whole picture's weight
     timestep_weights: tuple[float, ...] | None = None  # as the student's, for anchors; None: the student's
     kept: float = Field(0.0, ge=0, lt=1)  # share that the weights before ADD have in those that are exported

@@ -26,6 +26,7 @@ from onestroke.distill.losses import (
     r1_features,
     r1_penalty,
 )
+from onestroke.distill.perceptual import Perception
 from onestroke.distill.student import choose_timesteps
 from onestroke.distill.teacher import Target, negative_condition, noise_free_target, teacher_target, teacher_timesteps
 from onestroke.families.model import DiffusionModel, joined
@@ -78,6 +79,7 @@ class ADD:
         self.teacher = teacher.denoiser()
         self.student = teacher.denoiser(student, prediction_type=recipe.student.prediction_type)
         self.decode = Decoder(teacher, recipe.decode)
+        self.perception = Perception(self.decode, features, recipe.discriminator.crop, recipe.seed)
         settings = recipe.discriminator
         device = teacher.device
         self.embed_text = (embed_text or TextEmbedder(teacher, settings.text_encoder)).to(device)
@@ -252,8 +254,11 @@ class ADD:
         if rollout.anchored is not None:
             settings, (drawn, lesson, expected) = self.recipe.anchors, rollout.anchored
             anchor = anchor_loss(drawn, lesson.target, lesson.worded, expected, emphasis=settings.emphasis)
-            total = total + settings.weight * anchor
             terms["anchor"] = anchor.detach()
+            if settings.perceptual and len(drawn):
+                seen = self.perception.distance(drawn, lesson.target, lesson.slots).sum() / expected
+                terms["perceptual"], anchor = seen.detach(), anchor + settings.perceptual * seen
+            total = total + settings.weight * anchor
         return Loss(total, terms)
 
     def _discriminator_loss(self, rollout: Rollout) -> Loss:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from onestroke.config import Recipe, StudentRecipe
 from onestroke.data.plan import picture_at
+from onestroke.distill.perceptual import Perception
 from onestroke.distill.student import choose_timesteps
 from onestroke.families.model import Denoiser, DiffusionModel, joined
 from onestroke.randomness import normal, uniform
@@ -49,6 +50,7 @@ class Lesson(NamedTuple):
     s: Int[Tensor, " b"]
     target: Float[Tensor, "b c h w"]
     worded: Float[Tensor, "b h w"]
+    slots: Int[Tensor, " b"]  # of the run's pictures that these go with
 
 
 @dataclass(frozen=True)
@@ -94,14 +96,15 @@ class Anchors:
         rows = self.rows_of(slots, every)
         pictures, worded, given = (part.to(like) for part in self.at(rows))
         if not rows:
-            return Lesson(pictures[:, 0], torch.empty(0, dtype=torch.int64), pictures[:, 0], worded[:, 0])
-        fractions = uniform(self.seed, "anchor s", slots[slots % every == 0])
+            return Lesson(pictures[:, 0], torch.empty(0, dtype=torch.int64), pictures[:, 0], worded[:, 0], slots[:0])
+        slots = slots[slots % every == 0]
+        fractions = uniform(self.seed, "anchor s", slots)
         s = choose_timesteps(fractions, student, num_train_timesteps=len(schedule))
         timesteps = torch.tensor(student_timesteps(student.num_timesteps, num_train_timesteps=len(schedule)))
         place, each = (s[:, None] == timesteps).long().argmax(1), torch.arange(len(rows))
         noise = self.noise(rows)[each, place].to(like)
         x_s = schedule.student_input(given[each, place], noise, s)
-        return Lesson(x_s, s, pictures[each, place], worded[each, place])
+        return Lesson(x_s, s, pictures[each, place], worded[each, place], slots)
 
 
 def anchor_noise(shape: Sequence[int], seed: int, rows: Int[Tensor, " b"], count: int) -> Float[Tensor, "b k c h w"]:
@@ -200,15 +203,19 @@ class Anchoring:
         optimizer: OptimizerSettings,
         *,
         emphasis: float,
+        perception: Perception | None = None,
+        perceptual: float = 0.0,
     ) -> None:
         self.model, self.student, self.anchors = model, student, anchors
         self.recipe, self.emphasis = recipe, emphasis
+        self.perception, self.perceptual = perception, perceptual
         self.players = {"student": Player(trained, optimizer)}
 
     @property
     def frozen(self) -> list[nn.Module]:
         """The networks that are not trained."""
-        return [self.model.unet, self.model.vae, *self.model.text_encoders]
+        seen = [] if self.perception is None else self.perception.modules
+        return [self.model.unet, self.model.vae, *self.model.text_encoders, *seen]
 
     def rollout(self, batch: Batch, due: frozenset[str]) -> tuple[Tensor, Lesson]:
         """The student's latents, and what they are held against."""
@@ -222,7 +229,11 @@ class Anchoring:
     def loss(self, player: str, rollout: tuple[Tensor, Lesson]) -> Loss:
         drawn, lesson = rollout
         loss = anchor_loss(drawn, lesson.target, lesson.worded, len(drawn), emphasis=self.emphasis)
-        return Loss(loss, {"anchor": loss.detach()})
+        terms = {"anchor": loss.detach()}
+        if self.perception is not None and self.perceptual:
+            seen = self.perception.distance(drawn, lesson.target, lesson.slots).mean()
+            terms["perceptual"], loss = seen.detach(), loss + self.perceptual * seen
+        return Loss(loss, terms)
 
     def finish_step(self, due: frozenset[str]) -> None:
         """Nothing to do."""

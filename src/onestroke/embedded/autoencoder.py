@@ -12,7 +12,8 @@ from diffusers import AutoencoderKL
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from onestroke.distill.features import FeatureNetwork, load_features
+from onestroke.distill.features import load_features
+from onestroke.distill.perceptual import perceptual_distance
 from onestroke.embedded.fit import ImagesAt, Machine, fit, stack_images
 
 LATENT_CHANNELS = 8  # 4, as in SDXL, lost mouths and mixed up colours after equal training
@@ -70,20 +71,9 @@ def autoencoder_loss(
     return error.abs().mean() + error.square().mean() + perceptual(decoded, images) + kl_weight * divergence
 
 
-def perceptual_distance(features: FeatureNetwork, one: Tensor, two: Tensor) -> Tensor:
-    """Mean squared distance of channel-normalised features, averaged over layers (LPIPS without its learnt weights,
-    arXiv 1801.03924, section 3); no gradient to `two`."""
-    with torch.no_grad():
-        wanted = features(two)
-    pairs = zip(features(one), wanted, strict=True)
-    return torch.stack(
-        [(F.normalize(a.float()) - F.normalize(b.float())).square().sum(1).mean() for a, b in pairs]
-    ).mean()
-
-
 def _perceptual(weight: float, machine: Machine) -> Callable[[Tensor, Tensor], Tensor]:
     features = load_features("efficientnet-lite0").to(machine.device)
-    return lambda decoded, images: weight * perceptual_distance(features, decoded, images)
+    return lambda decoded, images: weight * perceptual_distance(features, decoded, images).mean()
 
 
 def train_autoencoder(

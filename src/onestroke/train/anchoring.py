@@ -192,6 +192,8 @@ def learn_anchors(
         anchored(recipe),
         optimizer,
         emphasis=recipe.anchors.emphasis,
+        perception=method.perception,
+        perceptual=recipe.anchors.perceptual,
     )
     settings = replace(trainer.settings, num_images=images, shows_speed=False)
     first = Trainer(alone, settings)
