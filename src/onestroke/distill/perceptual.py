@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from onestroke.distill.crops import random_crops
 from onestroke.distill.decoding import Decoder
 from onestroke.distill.features import FeatureNetwork
+from onestroke.schedule import exact
 
 
 def perceptual_distance(
@@ -29,7 +30,7 @@ def perceptual_distance(
     dim = 1 if features.is_spatial else 2  # channels
     layers = []
     for a, b in zip(features(one), wanted, strict=True):
-        error = F.normalize(a.float(), dim=dim) - F.normalize(b.float(), dim=dim)
+        error = F.normalize(exact(a), dim=dim) - F.normalize(exact(b), dim=dim)
         layers.append(error.square().sum(dim).flatten(1).mean(1))
     return torch.stack(layers).mean(0)
 

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, StableDiffusionXLPipeline, UNet2DCondit
 from onestroke.embedded.judge import Judge, load_judge
 from onestroke.sample import student_scheduler
 
-GUIDANCE = 3.0  # of the teacher in every figure; `benchmarks/validation.py` compares others
+GUIDANCE = 1.5  # of the teacher in every figure; `benchmarks/validation.py` compares others
 TEACHER, STUDENT = "embedded-teacher", "embedded"  # names that stand where a model folder may stand
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -25,6 +25,8 @@ SCHEDULER = {
     "rescale_betas_zero_snr": True,
     "timestep_spacing": "trailing",
 }
+# Of an ODE's steps each inherits what went wrong before it; fresh noise makes a stochastic solver's mend it.
+SAMPLER = {"algorithm_type": "sde-dpmsolver++", "final_sigmas_type": "zero"}
 
 
 def train_tokenizer(captions: Iterable[str], *, vocab_size: int = 640) -> CLIPTokenizer:
@@ -102,7 +104,7 @@ def build_pipeline(vae: AutoencoderKL, captions: Iterable[str], *, seed: int = 0
         tokenizer,
         tokenizer,
         unet,
-        EulerDiscreteScheduler(**SCHEDULER),
+        DPMSolverMultistepScheduler(**SCHEDULER, **SAMPLER),
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
