@@ -46,7 +46,7 @@ def test_the_encoded_step_works_on_the_same_latents_and_encodes_nothing(real, we
     encoded = [slots for is_plain, slots in latents if not is_plain and len(slots) == 2]
     assert len(encoded) == bench.WARM_UPS
     for slots in encoded:
-        torch.testing.assert_close(latents[False, slots], latents[True, slots], rtol=0, atol=1e-3)
+        torch.testing.assert_close(latents[False, slots], latents[True, slots], rtol=0, atol=5e-3)
 
 
 @pytest.mark.usefixtures("two_threads")
