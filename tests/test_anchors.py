@@ -86,10 +86,13 @@ def test_each_anchor_comes_once_an_epoch_whatever_the_batches():
     assert flat == [row for slot in range(30) for row in anchors.rows_of(torch.tensor([slot]), 3)]
 
 
+@pytest.mark.parametrize("perceptual", [0, 3])
 @pytest.mark.parametrize("micro_batch_size", [1, 3])
-def test_parts_of_a_batch_add_up_to_its_gradient(micro_batch_size):
+def test_parts_of_a_batch_add_up_to_its_gradient(micro_batch_size, perceptual):
+    settings = ("anchors.count=5", "anchors.every=2", f"anchors.perceptual={perceptual}")
+
     def weights(size: int | None) -> list[torch.Tensor]:
-        method = tiny_add("anchors.count=5", "anchors.every=2", kind="v_prediction", zero_snr=True)
+        method = tiny_add(*settings, kind="v_prediction", zero_snr=True)
         method.anchors = some_anchors()
         trainer = Trainer(method, TrainSettings(8, 4, size))
         for _ in trainer.run(endless()):
