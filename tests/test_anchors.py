@@ -24,7 +24,7 @@ from onestroke.distill.anchors import MOST, ROUND, Anchoring, Anchors, Drawn, an
 from onestroke.errors import CheckpointError, DataError, RecipeError
 from onestroke.families.load import from_pipeline, load_model
 from onestroke.schedule import beta_settings
-from onestroke.train import anchoring
+from onestroke.train import anchoring, stage
 from onestroke.train.anchoring import SHARD_PICTURES, anchor_batches, anchors_of
 from onestroke.train.checkpoint import load_newest
 from onestroke.train.method import OptimizerSettings
@@ -355,9 +355,9 @@ def test_a_run_that_was_stopped_before_and_in_add_ends_in_the_same_weights(recip
 
 
 def test_pictures_a_second_are_those_since_the_run_went_on(monkeypatch):
-    monkeypatch.setattr(anchoring, "TOLD_SECONDS", -1.0)
+    monkeypatch.setattr(stage, "TOLD_SECONDS", -1.0)
     told: list[str] = []
-    teller = anchoring._Teller(4000, told.append)
+    teller = stage.Teller("anchors", "anchor", 4000, told.append)
     for images, seconds in ((1016, 1.0), (1216, 11.0)):
         teller(Progress(images // 16, images, seconds, {"student/anchor": 0.5}), None)
     assert told[-1] == "anchors: 1,216/4,000 pictures, 20.0 a second; 0.5000"

@@ -39,6 +39,7 @@ from onestroke.train.folder import check_recipe
 from onestroke.train.ranks import check_same, joined, num_ranks, rank
 from onestroke.train.run import Observer, run_training
 from onestroke.train.samples import SamplePainter
+from onestroke.train.sharpening import sharpen
 from onestroke.train.trainer import Trainer
 
 __all__ = ["comicset", "distill", "load"]
@@ -147,7 +148,7 @@ def _distil(
         keep=lambda weights, folder, notes: write_student(weights, teacher, recipe, folder, trainer.images, notes),
         tell=tell,
     )
-    run_training(
+    is_finished = run_training(
         trainer,
         batches_from,
         out,
@@ -165,7 +166,15 @@ def _distil(
     )
     if broken:
         logging.getLogger(__name__).warning("%s", broken)
-    return export_student(trainer, teacher, recipe, out / "student")
+    images = trainer.images
+    if not (is_finished and recipe.sharpen.images):
+        return export_student(trainer, teacher, recipe, out / "student")
+    left = _minutes_to(deadline)
+    finer = sharpen(trainer, source, recipe, out, minutes=left, tell=tell)
+    weights = finer.whole(STUDENT, average=True)
+    if weights is not None:
+        write_student(weights, teacher, recipe, out / "student", images, sharpened=finer.images)
+    return out / "student"
 
 
 def _is_past(deadline: float | None) -> bool:
@@ -193,15 +202,20 @@ def write_student(
     out: Path,
     images: int,
     notes: Mapping[str, str] | None = None,
+    *,
+    sharpened: int = 0,
 ) -> Path:
-    """The same of a student's weights after `images` pictures; `notes`: text files for the folder, by name."""
+    """The same of a student's weights after `images` pictures; `notes`: text files for the folder, by name.
+
+    `sharpened`: the prompts of what came after ADD.
+    """
     from onestroke.card import model_card
 
     unet, teacher = weights, whole_teacher(teacher)
     if recipe.student.lora is not None:
         unet = _merged(weights, teacher, recipe.student.lora, out)
     pipeline = student_pipeline(teacher, unet, prediction_type=recipe.student.prediction_type)
-    return export_folder(pipeline, out, card=model_card(recipe, images=images), notes=notes)
+    return export_folder(pipeline, out, card=model_card(recipe, images=images, sharpened=sharpened), notes=notes)
 
 
 def _merged(adapter: nn.Module, teacher: DiffusionModel, recipe: LoraRecipe, out: Path) -> UNet2DConditionModel:

@@ -212,6 +212,12 @@ def add_trainer(recipe: Recipe, teacher: DiffusionModel, *, anchors: Anchors | N
             where="anchors.images",
             fix="Set it to 0, or train.parallel to ddp.",
         )
+    if recipe.sharpen.images and shares:
+        raise RecipeError(
+            "what comes after ADD is not split over processes",
+            where="sharpen.images",
+            fix="Set it to 0, or train.parallel to ddp.",
+        )
     student = build_student(teacher, recipe.student, seed=recipe.seed).to(dtype=dtype)
     low, autocast = kept_dtype(recipe), autocast_dtype(settings.precision, device)
     lower([teacher.unet], low)

@@ -14,8 +14,11 @@ _EVALUATION = re.compile(r"(?<=^## Evaluation\n\n).*?(?=^## |\Z)", re.M | re.S)
 _RECIPE = re.compile(r"^## Recipe\n+```yaml\n(.*?)^```", re.M | re.S)
 
 
-def model_card(recipe: Recipe, *, images: int, figures: str = "") -> str:
-    """README.md of the student's folder: how to draw with it, the recipe, and the figures where there are any."""
+def model_card(recipe: Recipe, *, images: int, sharpened: int = 0, figures: str = "") -> str:
+    """README.md of the student's folder: how to draw with it, the recipe, and the figures where there are any.
+
+    It was trained by ADD on `images` pictures, and then sharpened on `sharpened` prompts.
+    """
     resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
     evaluation = figures or NOT_MEASURED
     return f"""---
@@ -26,7 +29,7 @@ tags: [text-to-image, distillation, adversarial-diffusion-distillation, onestrok
 # {recipe.name}
 
 A 1-to-4-step student of `{recipe.teacher.source}`, made by onestroke with Adversarial Diffusion Distillation
-(ADD, arXiv 2311.17042) on {images:,} pictures{_before(recipe)}.
+(ADD, arXiv 2311.17042) on {images:,} pictures{_before(recipe)}.{_after(recipe, sharpened)}
 
 ```python
 from diffusers import AutoPipelineForText2Image
@@ -57,6 +60,16 @@ def _before(recipe: Recipe) -> str:
     if recipe.student.source:
         before += f", beginning from the student `{recipe.student.source}`"
     return before
+
+
+def _after(recipe: Recipe, sharpened: int) -> str:
+    """What came after ADD."""
+    if not sharpened:
+        return ""
+    return (
+        f" On {sharpened:,} prompts it then learnt to draw what an unsharp mask ({recipe.sharpen.amount:.0%}, radius "
+        f"{recipe.sharpen.radius:g} pixels) makes of its own pictures."
+    )
 
 
 def with_evaluation(card: str, section: str) -> str | None:

@@ -163,6 +163,15 @@ class AnchorRecipe(Section):
         return self
 
 
+class SharpenRecipe(Section):
+    """After ADD: the student learns to draw what an unsharp mask would make of its own pictures."""
+
+    images: int = Field(0, ge=0)  # prompts, each drawn at every timestep of the student; 0: nothing is sharpened
+    amount: float = Field(1.6, gt=0)  # of what the blur takes from a picture, added to it; a student learns less
+    radius: float = Field(1.0, gt=0, le=16)  # of the Gaussian blur, its standard deviation in pixels
+    learning_rate: float | None = Field(None, gt=0)  # of AdamW; None: the student's
+
+
 class DecodeRecipe(Section):
     """How latents become the pictures that discriminator and pixel loss look at: by default the VAE, all at once."""
 
@@ -226,6 +235,7 @@ class Recipe(Section):
     discriminator: DiscriminatorRecipe = DiscriminatorRecipe()
     losses: LossRecipe = LossRecipe()
     anchors: AnchorRecipe = AnchorRecipe()
+    sharpen: SharpenRecipe = SharpenRecipe()
     decode: DecodeRecipe = DecodeRecipe()
     data: DataRecipe = DataRecipe()
     student_optimizer: OptimizerRecipe = OptimizerRecipe()
@@ -248,6 +258,8 @@ class Recipe(Section):
             )
         if self.anchors.kept and self.student.lora:
             raise ValueError("anchors.kept mixes whole weights: set it to 0 for an adapter (student.lora)")
+        if self.sharpen.images and self.student.lora:
+            raise ValueError("sharpen.images trains whole weights: set it to 0 for an adapter (student.lora)")
         return self
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,12 +30,12 @@ from onestroke.tensor_files import write_tensors
 from onestroke.train.checkpoint import list_checkpoints
 from onestroke.train.ranks import any_rank, from_first, num_ranks, rank, share_of
 from onestroke.train.run import run_training
-from onestroke.train.trainer import Progress, Trainer
+from onestroke.train.stage import Teller
+from onestroke.train.trainer import Trainer
 from onestroke.types import Batch, Condition
 
 SHARD_PICTURES = 500
 DRAWN_AT_ONCE = 25
-TOLD_SECONDS = 10.0  # between two lines while the student learns
 
 
 def anchors_of(
@@ -204,7 +203,7 @@ def learn_anchors(
         out / "anchoring",
         recipe_text=text,
         minutes=minutes,
-        observe=_Teller(images, tell),
+        observe=Teller("anchors", "anchor", images, tell),
     )
     if STUDENT in trainer.averages:
         trainer.averages[STUDENT].load_state_dict(player.module.state_dict())
@@ -236,19 +235,3 @@ def anchor_batches(anchors: Anchors, first_slot: int, last_slot: int, batch_size
         slots = torch.arange(first, first + share)
         captions = tuple(anchors.captions[row] for row in anchors.rows_of(slots, 1))
         yield Batch(None, captions, slots, torch.zeros(share, 4, dtype=torch.int64), target=anchors.size)
-
-
-class _Teller:
-    """Says how far the run is, every ten seconds."""
-
-    def __init__(self, images: int, tell: Callable[[str], None]) -> None:
-        self.images, self.tell, self.told = images, tell, time.monotonic()
-        self.first: Progress | None = None  # since this start of the run
-
-    def __call__(self, progress: Progress, left: float | None) -> None:
-        first = self.first = self.first or progress
-        if time.monotonic() - self.told > TOLD_SECONDS:
-            self.told = time.monotonic()
-            seconds = max(progress.seconds - first.seconds, 1e-6)
-            rate, loss = (progress.images - first.images) / seconds, progress.terms["student/anchor"]
-            self.tell(f"anchors: {progress.images:,}/{self.images:,} pictures, {rate:.1f} a second; {loss:.4f}")

@@ -11,11 +11,11 @@ from onestroke.config import Recipe
 from onestroke.errors import CheckpointError
 
 RECIPE, PICTURES = "recipe.yaml", "pictures.yaml"
-FREE = frozenset({  # keys that change nothing that is learnt, beyond the rounding of sums in another order
+FREE = frozenset({  # keys that change nothing that ADD has learnt, beyond the rounding of sums in another order
     "train.parallel", "train.micro_batch_size", "train.device", "train.checkpoint_minutes", "train.keep_checkpoints",
     "train.sample_images", "train.evaluate_images", "train.evaluate_count", "train.evaluate_features",
     "train.on_alarm", "train.compile", "student.gradient_checkpointing", "data.num_workers",
-    "anchors.kept",
+    "anchors.kept", "sharpen.images", "sharpen.amount", "sharpen.radius", "sharpen.learning_rate",
 })  # fmt: skip
 
 

@@ -1,0 +1,203 @@
+"""Sharpening: the mask by hand and by Pillow, what the student is asked, and the run after ADD."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image, ImageFilter
+from pipelines import tiny_sdxl
+from rank_runs import in_ranks
+from tiny_runs import tiny_add, tiny_dinov2, tiny_recipe, write_folder
+
+from onestroke.api import distill
+from onestroke.config import DecodeRecipe, Recipe, SharpenRecipe
+from onestroke.distill.add import STUDENT
+from onestroke.distill.decoding import Decoder
+from onestroke.distill.sharpening import Sharpening, unsharp
+from onestroke.errors import CheckpointError, RecipeError
+from onestroke.randomness import normal
+from onestroke.train.checkpoint import load_newest
+from onestroke.train.method import OptimizerSettings
+from onestroke.train.trainer import Trainer, TrainSettings
+from onestroke.types import Batch
+
+
+def test_the_mask_by_hand():
+    """A blur that reaches three pixels: a lone bright pixel keeps the square of the bell's middle."""
+    images = torch.zeros(1, 3, 9, 9, dtype=torch.float64)
+    images[:, 1, 4, 4] = 0.25
+    bell = np.exp(-0.5 * np.arange(-3, 4) ** 2)
+    bell /= bell.sum()
+    sharp = unsharp(images, 0.8, 1.0)
+    assert not sharp[:, [0, 2]].any()
+    assert sharp[0, 1, 4, 4].item() == pytest.approx(0.25 + 0.8 * 0.25 * (1 - bell[3] ** 2))
+    assert sharp[0, 1, 4, 6].item() == pytest.approx(-0.8 * 0.25 * bell[3] * bell[5])
+    assert unsharp(4 * images, 0.8, 1.0).max() == 1  # clamped
+    even = torch.full((1, 3, 9, 9), 0.3)
+    torch.testing.assert_close(unsharp(even, 5.0, 2.0), even)  # at the edges too
+
+
+def test_the_mask_is_pillows():
+    given = np.asarray(Image.radial_gradient("L").resize((48, 40)).rotate(20).convert("RGB"))
+    wanted = Image.fromarray(given).filter(ImageFilter.UnsharpMask(radius=1, percent=80, threshold=0))
+    images = torch.from_numpy(given.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+    ours = ((unsharp(images, 0.8, 1.0)[0].permute(1, 2, 0) + 1) * 127.5).numpy()
+    assert np.abs(ours - np.asarray(wanted, dtype=float)).max() < 4  # of 255: Pillow's blur is three boxes
+    assert np.abs(ours - given).max() > 20
+
+
+def some_prompts(count: int = 4) -> Batch:
+    slots = torch.arange(count)
+    sizes = torch.zeros(count, 4, dtype=torch.int64)
+    return Batch(None, tuple(f"picture {i}" for i in range(count)), slots, sizes, target=(16, 16))
+
+
+def sharpening(amount: float = 1.0, *, rate: float = 1e-3) -> Sharpening:
+    """Of a student that is its teacher."""
+    add = tiny_add(kind="v_prediction", zero_snr=True)
+    return Sharpening(
+        add.model, add.student, add.players[STUDENT].module, add.model.denoiser(), Decoder(add.model, DecodeRecipe()),
+        SharpenRecipe(images=8, amount=amount), OptimizerSettings(rate), num_timesteps=4, ema_images=10.0, seed=3,
+    )  # fmt: skip
+
+
+def test_the_student_is_asked_on_its_own_way():
+    """One prediction after the other, each under new noise of its own; the first from noise alone."""
+    alone, batch = sharpening(), some_prompts(2)
+    asked, schedule = alone.asked(batch), alone.model.schedule
+    condition = alone.model.full_size(alone.model.encode_prompts(batch.captions), (16, 16))
+    x0, seen = torch.zeros(2, 4, 4, 4, dtype=torch.float64), set()
+    for place, timestep in enumerate((999, 749, 499, 249)):
+        rows, t = slice(2 * place, 2 * place + 2), torch.full((2,), timestep)
+        eps = normal((4, 4, 4), 3, f"sharpening, timestep {place}", batch.slots).double()
+        seen |= set(eps.flatten().tolist())
+        expected = schedule.add_noise(x0, eps, t) if place else eps
+        torch.testing.assert_close(asked.x_s[rows], expected)
+        assert torch.equal(asked.s[rows], t)
+        with torch.no_grad():
+            x0 = alone.before(expected, t, condition)
+        torch.testing.assert_close(asked.x0[rows], x0)
+    assert len(seen) == 4 * 2 * 64 and len(asked.condition.text) == 8
+
+
+def test_what_it_draws_is_held_against_its_own_pictures_under_the_mask():
+    alone, batch = sharpening(0.7), some_prompts()
+    drawn, wanted = alone.rollout(batch, frozenset({STUDENT}))
+    assert drawn.shape == wanted.shape == (16, 3, 16, 16)
+    torch.testing.assert_close(wanted, unsharp(drawn.clamp(-1, 1), 0.7, 1.0))  # it is still what it was
+    loss = alone.loss(STUDENT, (drawn, wanted)).total
+    assert loss.item() == pytest.approx((drawn - wanted).abs().mean().item()) and loss.item() > 0
+    loss.backward()
+    assert all(parameter.grad is None for parameter in alone.before.parameters())
+    assert any(parameter.grad.abs().sum() > 0 for parameter in alone.players[STUDENT].module.parameters())
+
+
+def learn(alone: Sharpening, settings: TrainSettings) -> Trainer:
+    trainer = Trainer(alone, settings)
+
+    def batches_from(slot: int):
+        while True:
+            yield some_prompts()
+
+    for _ in trainer.run(batches_from):
+        pass
+    return trainer
+
+
+def test_its_pictures_move_as_the_mask_would_have_them():
+    alone, batch = sharpening(rate=3e-3), some_prompts()
+    began, wanted = alone.rollout(batch, frozenset({STUDENT}))
+    learn(alone, TrainSettings(160, 4))
+    ended, again = alone.rollout(batch, frozenset({STUDENT}))
+    assert torch.equal(again, wanted)  # it is held against what it was
+    moved, asked = (ended - began).flatten(), (wanted - began).flatten()
+    assert torch.cosine_similarity(moved, asked, dim=0) > 0.15
+    assert (ended - wanted).abs().mean() < (began - wanted).abs().mean()
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_parts_of_a_batch_add_up_to_its_gradient(size):
+    one, other = (
+        list(learn(sharpening(), TrainSettings(8, 4, micro)).method.players[STUDENT].module.parameters())
+        for micro in (None, size)
+    )
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Recipe:
+    """Three steps of ADD on four pictures, then four steps of one prompt at four timesteps."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny_sdxl("v_prediction", True).save_pretrained(folder / "teacher")
+    write_folder(folder / "pictures")
+    return tiny_recipe(
+        f"teacher.source={folder / 'teacher'}", f"data.source={folder / 'pictures'}", "data.size=16",
+        "train.num_images=12", "discriminator.features=dinov2-small",
+        f"discriminator.features_source={tiny_dinov2(folder / 'dinov2')}", "student.ema_images=4", "sharpen.images=4",
+    )  # fmt: skip
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return UNet2DConditionModel.from_pretrained(run / "student" / "unet").state_dict()
+
+
+def sharpened_only(recipe: Recipe, **settings) -> Recipe:
+    return recipe.model_copy(update={"sharpen": recipe.sharpen.model_copy(update=settings)})
+
+
+def test_the_run_goes_on_after_add_and_exports_what_came_of_it(recipe, tmp_path):
+    told: list[str] = []
+    distill(sharpened_only(recipe, images=0), tmp_path / "run")
+    before, state = weights(tmp_path / "run"), load_newest(tmp_path / "run" / "checkpoints")
+    assert not (tmp_path / "run" / "sharpening").exists()
+    distill(recipe, tmp_path / "run", tell=told.append)  # a run of ADD that has ended is sharpened without another
+    ended = load_newest(tmp_path / "run" / "sharpening" / "checkpoints")
+    assert ended["images"] == 4 and load_newest(tmp_path / "run" / "checkpoints")["images"] == state["images"] == 12
+    after = weights(tmp_path / "run")
+    for name, value in ended["averages"]["student"].items():
+        torch.testing.assert_close(after[name], value.float())
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    card = (tmp_path / "run" / "student" / "README.md").read_text("utf-8")
+    assert "on 12 pictures. On 4 prompts it then learnt to draw what an unsharp mask (160%, radius 1 pixels)" in card
+    StableDiffusionXLPipeline.from_pretrained(tmp_path / "run" / "student")
+    with pytest.raises(CheckpointError, match=re.escape("sharpening.amount: 1.6 -> 2.0")):
+        distill(sharpened_only(recipe, amount=2.0), tmp_path / "run")
+
+
+def test_a_run_that_was_stopped_ends_in_the_same_weights(recipe, tmp_path):
+    for _ in range(4):
+        distill(recipe, tmp_path / "stopped", minutes=0)  # a step each
+    assert load_newest(tmp_path / "stopped" / "sharpening" / "checkpoints")["images"] == 2
+    distill(recipe, tmp_path / "stopped")
+    distill(recipe, tmp_path / "straight")
+    one, other = weights(tmp_path / "stopped"), weights(tmp_path / "straight")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def _distilled(recipe: Recipe, out: Path) -> None:
+    distill(recipe, out)
+
+
+def test_two_processes_end_near_one(recipe, tmp_path):
+    """Each of two takes a prompt a step; the one takes both."""
+    train = recipe.train.model_copy(update={"batch_size": 8, "num_images": 16})
+    wider = recipe.model_copy(update={"train": train})
+    in_ranks(_distilled, 2, wider, tmp_path / "two")
+    distill(wider, tmp_path / "one")
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert load_newest(tmp_path / "two" / "sharpening" / "checkpoints")["step"] == 2
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], rtol=1e-5, atol=1e-7)
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(RecipeError, match="sharpen.images trains whole weights: set it to 0 for an adapter"):
+        tiny_recipe("sharpen.images=8", "student.lora.rank=2")
+    with pytest.raises(RecipeError, match="sharpen.radius"):
+        tiny_recipe("sharpen.radius=0")
