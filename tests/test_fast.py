@@ -2,6 +2,7 @@
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -49,6 +50,29 @@ def test_plain_prompts_are_split_into_tokens_once(monkeypatch):
     assert read == [fast.tokenizer, fast.tokenizer_2]
 
 
+def test_nothing_is_computed_behind_the_layer_that_is_read():
+    """Of the first encoder alone; what is put into its layers or in its place later counts."""
+    plain, fast = both()
+    run: list[str] = []
+    for name in ("text_encoder", "text_encoder_2"):
+        inner = getattr(getattr(fast, name), "text_model", getattr(fast, name))
+        for number, layer in enumerate(inner.encoder.layers):
+            layer.register_forward_hook(lambda *_, name=name, number=number: run.append(f"{name} {number}"))
+    encoded(fast)
+    last = len(fast.text_encoder.encoder.layers) - 1
+    assert f"text_encoder {last - 1}" in run and f"text_encoder {last}" not in run
+    assert f"text_encoder_2 {len(fast.text_encoder_2.text_model.encoder.layers) - 1}" in run
+    before = encoded(fast)[0]
+    for pipeline in (plain, fast):
+        layer = pipeline.text_encoder.encoder.layers[0]
+        torch.manual_seed(1)
+        layer.mlp.fc1 = torch.nn.Linear(layer.mlp.fc1.in_features, layer.mlp.fc1.out_features)
+    changed = encoded(fast)[0]
+    assert torch.equal(changed, encoded(plain)[0]) and not torch.equal(changed, before)
+    plain.text_encoder = fast.text_encoder = tiny_sdxl().text_encoder
+    assert torch.equal(encoded(fast)[0], encoded(plain)[0])
+
+
 @pytest.mark.parametrize(
     "settings", [{"negative_prompt": ["a hat", "blue"]}, {"clip_skip": 1}, {"prompt_2": ["a beard", "a scarf"]}]
 )
@@ -82,3 +106,37 @@ def test_words_of_several_embeddings_are_replaced_as_diffusers_does():
             encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         found.append(encoded(pipeline, ["a <comic> person"])[0])
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(("kind", "settings"), [
+    ("pt", {}), ("np", {"return_dict": False}), ("pil", {}), ("latent", {}), ("np", {"guidance_scale": 4.0}),
+])  # fmt: skip
+def test_pictures_are_those_of_diffusers(kind, settings):
+    """By the same weights; that the VAE's are the same arithmetic, test_upsampling.py says."""
+    found, (_, fast) = [], both()
+    for call in (StableDiffusionXLPipeline.__call__, type(fast).__call__):
+        given = {"num_inference_steps": 2, "guidance_scale": 0.0, "height": 32, "width": 32} | settings
+        output = call(fast, PROMPTS, generator=torch.Generator().manual_seed(0), output_type=kind, **given)
+        assert isinstance(output, tuple) == ("return_dict" in settings)
+        found.append(output[0] if isinstance(output, tuple) else output.images)
+    one, two = found
+    assert type(one) is type(two) and len(one) == 2
+    assert one == two if kind == "pil" else np.array_equal(np.asarray(one), np.asarray(two))
+
+
+def test_the_vae_is_not_searched_for_hooks(monkeypatch):
+    _, fast = both()
+    searched = []
+    monkeypatch.setattr(
+        "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl.get_module_execution_device",
+        lambda module: searched.append(module) or module.device,
+    )
+    given = {"num_inference_steps": 1, "guidance_scale": 0.0, "height": 32, "width": 32, "output_type": "pt"}
+    assert fast(["a hat"], **given).images.requires_grad is False and not searched
+
+    class Marks:
+        def apply_watermark(self, images):
+            return torch.full_like(images, -1.0)
+
+    fast.watermark = Marks()
+    assert not fast(["a hat"], **given).images.any() and searched == [fast.vae]

@@ -6,12 +6,15 @@ The same arithmetic in the same order; on a CPU in bfloat16 and channels_last wh
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from functools import wraps
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
-from torch import Tensor
+from diffusers.pipelines.stable_diffusion_xl import StableDiffusionXLPipelineOutput
+from torch import Tensor, nn
 
 from onestroke.precision import fast_dtype
 from onestroke.upsampling import merge_upsampling
@@ -50,6 +53,7 @@ def _settle(pipeline: DiffusionPipeline) -> None:
     members = {"_execution_device": property(lambda self: self.unet.device)}
     if isinstance(pipeline, StableDiffusionXLPipeline):
         members["encode_prompt"] = _reading_once(type(pipeline).encode_prompt)
+        members["__call__"] = _decoding_at_once(type(pipeline).__call__)
     pipeline.__class__ = _settled(type(pipeline), **members)
 
 
@@ -61,9 +65,35 @@ def _settled(cls: type, **members: Any) -> type:
     return type(cls.__name__, (cls,), names | members)
 
 
+def _decoding_at_once(call: Callable) -> Callable:
+    """SDXL's call, whose latents are decoded without a search of the VAE for offloading hooks.
+
+    Where more than that would be done, with a watermark, in float16 or with means of latents, diffusers decodes.
+    """
+
+    @wraps(call)
+    @torch.no_grad()
+    def draw(self, *prompts, output_type="pil", return_dict=True, **settings):
+        if output_type == "latent" or len(prompts) > 1 or not _decodes_plainly(self):
+            return call(self, *prompts, output_type=output_type, return_dict=return_dict, **settings)
+        latents = call(self, *prompts, output_type="latent", return_dict=False, **settings)[0]
+        decoded = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+        images = self.image_processor.postprocess(decoded, output_type=output_type)
+        return StableDiffusionXLPipelineOutput(images=images) if return_dict else (images,)
+
+    return draw
+
+
+def _decodes_plainly(pipeline: StableDiffusionXLPipeline) -> bool:
+    vae, unet = pipeline.vae, pipeline.unet
+    is_mixed = getattr(vae.config, "latents_mean", None) is not None or pipeline.watermark is not None
+    return not is_mixed and vae.dtype == unet.dtype != torch.float16 and vae.device == unet.device
+
+
 def _reading_once(encode_prompt: Callable) -> Callable:
     """SDXL's `encode_prompt`, which splits plain prompts into tokens once, where diffusers does so three times.
 
+    Of the first encoder nothing is computed beyond the layer that SDXL reads, the last but one.
     What is not plain is left to diffusers: negative prompts, embeddings, LoRA scales, words of several embeddings, and
     prompts that are too long, of which it warns.
     """
@@ -73,9 +103,9 @@ def _reading_once(encode_prompt: Callable) -> Callable:
         ids = _plain_ids(self, prompt) if not others and _is_plain(self, settings) else None
         if ids is None:
             return encode_prompt(self, prompt, *others, **settings)
-        first = self.text_encoder(ids[0].to(self.text_encoder.device), output_hidden_states=True)
+        first = _last_but_one(self.text_encoder, ids[0].to(self.text_encoder.device))
         second = self.text_encoder_2(ids[1].to(self.text_encoder_2.device), output_hidden_states=True)
-        words = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        words = torch.cat([first, second.hidden_states[-2]], dim=-1)
         words = words.to(device=settings["device"], dtype=self.text_encoder_2.dtype)
         pooled = second.text_embeds
         if not settings["do_classifier_free_guidance"]:
@@ -83,6 +113,32 @@ def _reading_once(encode_prompt: Callable) -> Callable:
         return words, torch.zeros_like(words), pooled, torch.zeros_like(pooled)
 
     return encode
+
+
+_SHORTER: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+
+
+def _last_but_one(encoder: nn.Module, ids: Tensor) -> Tensor:
+    """The hidden states before a CLIP text model's last layer, and nothing after them where its parts are known."""
+    if not hasattr(encoder, "encoder"):  # before transformers 5.6
+        return encoder(ids, output_hidden_states=True).hidden_states[-2]
+    return _all_but_last(encoder)(ids).last_hidden_state
+
+
+def _all_but_last(encoder: nn.Module) -> nn.Module:
+    """A CLIP text model over the same modules, without the last layer and what comes after it."""
+    if encoder not in _SHORTER:
+        shorter, layers = _over_the_same(encoder), _over_the_same(encoder.encoder)
+        layers.layers = encoder.encoder.layers[:-1]
+        shorter.encoder, shorter.final_layer_norm = layers, nn.Identity()
+        _SHORTER[encoder] = shorter
+    return _SHORTER[encoder]
+
+
+def _over_the_same(module: nn.Module) -> nn.Module:
+    other = copy(module)
+    other._modules = dict(module._modules)
+    return other
 
 
 def _is_plain(pipeline: StableDiffusionXLPipeline, settings: Mapping) -> bool:
