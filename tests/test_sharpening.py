@@ -1,4 +1,4 @@
-"""Sharpening: the mask by hand and by Pillow, what the student is asked, and the run after ADD."""
+"""Sharpening: the mask by hand and by Pillow, what the student is asked and held against, and the run after ADD."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image, ImageFilter
 from pipelines import tiny_sdxl
 from rank_runs import in_ranks
-from tiny_runs import tiny_add, tiny_dinov2, tiny_recipe, write_folder
+from tiny_runs import tiny_add, tiny_dinov2, tiny_features, tiny_recipe, write_folder
 
 from onestroke.api import distill
 from onestroke.config import DecodeRecipe, Recipe, SharpenRecipe
 from onestroke.distill.add import STUDENT
 from onestroke.distill.decoding import Decoder
-from onestroke.distill.sharpening import Sharpening, unsharp
+from onestroke.distill.perceptual import perceptual_distance
+from onestroke.distill.sharpening import Compared, Sharpening, unsharp
 from onestroke.errors import CheckpointError, RecipeError
 from onestroke.randomness import normal
+from onestroke.schedule import beta_settings
 from onestroke.train.checkpoint import load_newest
 from onestroke.train.method import OptimizerSettings
 from onestroke.train.trainer import Trainer, TrainSettings
@@ -57,44 +59,97 @@ def some_prompts(count: int = 4) -> Batch:
     return Batch(None, tuple(f"picture {i}" for i in range(count)), slots, sizes, target=(16, 16))
 
 
-def sharpening(amount: float = 1.0, *, rate: float = 1e-3) -> Sharpening:
+def sharpening(*, rate: float = 1e-3, **settings) -> Sharpening:
     """Of a student that is its teacher."""
     add = tiny_add(kind="v_prediction", zero_snr=True)
     return Sharpening(
         add.model, add.student, add.players[STUDENT].module, add.model.denoiser(), Decoder(add.model, DecodeRecipe()),
-        SharpenRecipe(images=8, amount=amount), OptimizerSettings(rate), num_timesteps=4, ema_images=10.0, seed=3,
+        tiny_features(), SharpenRecipe(images=8, **settings), OptimizerSettings(rate), num_timesteps=4,
+        ema_images=10.0, seed=3,
     )  # fmt: skip
 
 
-def test_the_student_is_asked_on_its_own_way():
+def noise(place: int, slots: torch.Tensor) -> torch.Tensor:
+    return normal((4, 4, 4), 3, f"sharpening, timestep {place}", slots).double()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_student_is_asked_on_its_own_way(ahead):
     """One prediction after the other, each under new noise of its own; the first from noise alone."""
-    alone, batch = sharpening(), some_prompts(2)
+    alone, batch = sharpening(ahead=ahead), some_prompts(2)
     asked, schedule = alone.asked(batch), alone.model.schedule
     condition = alone.model.full_size(alone.model.encode_prompts(batch.captions), (16, 16))
     x0, seen = torch.zeros(2, 4, 4, 4, dtype=torch.float64), set()
     for place, timestep in enumerate((999, 749, 499, 249)):
         rows, t = slice(2 * place, 2 * place + 2), torch.full((2,), timestep)
-        eps = normal((4, 4, 4), 3, f"sharpening, timestep {place}", batch.slots).double()
+        eps = noise(place, batch.slots)
         seen |= set(eps.flatten().tolist())
         expected = schedule.add_noise(x0, eps, t) if place else eps
         torch.testing.assert_close(asked.x_s[rows], expected)
         assert torch.equal(asked.s[rows], t)
         with torch.no_grad():
             x0 = alone.before(expected, t, condition)
-        torch.testing.assert_close(asked.x0[rows], x0)
+        if place or not ahead:
+            torch.testing.assert_close(asked.target[rows], x0)
     assert len(seen) == 4 * 2 * 64 and len(asked.condition.text) == 8
 
 
+def test_looking_ahead_is_two_steps_of_ddim():
+    alone, batch = sharpening(ahead=True), some_prompts(2)
+    eps = noise(0, batch.slots)
+    condition = alone.model.full_size(alone.model.encode_prompts(batch.captions), (16, 16))
+    solver = DDIMScheduler(**beta_settings(alone.model.scheduler_config), prediction_type="sample",
+                           timestep_spacing="trailing", clip_sample=False)  # fmt: skip
+    solver.set_timesteps(2)
+    x = eps
+    with torch.no_grad():
+        for t in solver.timesteps:
+            x = solver.step(alone.before(x, t.expand(2), condition), t, x).prev_sample
+    assert solver.timesteps.tolist() == [999, 499]
+    torch.testing.assert_close(alone.asked(batch).target[:2], x, rtol=1e-4, atol=1e-5)
+
+
+def test_some_prompts_alone_go_on_to_the_later_timesteps():
+    alone, batch = sharpening(later_every=3), some_prompts(5)
+    asked, every = alone.asked(batch), sharpening().asked(batch)
+    assert asked.s.tolist() == [999] * 5 + [749] * 2 + [499] * 2 + [249] * 2
+    rows = [0, 1, 2, 3, 4, *(5 * place + row for place in (1, 2, 3) for row in (0, 3))]
+    torch.testing.assert_close(asked.target, every.target[rows])
+    torch.testing.assert_close(asked.x_s, every.x_s[rows])
+    assert torch.equal(asked.condition.text, every.condition.text[rows])
+    none = alone.asked(some_prompts(5).rows(slice(1, 3)))
+    assert none.s.tolist() == [999, 999]
+
+
+def test_the_loss_by_hand():
+    """Three prompts, one of which goes on: on average a prompt has 1 + 3/3 predictions."""
+    drawn = torch.zeros(6, 3, 2, 2)
+    wanted = torch.tensor([0.1, -0.2, 0.3, 0.4, 0.5, 0.6]).reshape(6, 1, 1, 1).expand_as(drawn)
+    plain = sharpening(later_every=3)
+    loss = plain.loss(STUDENT, Compared(drawn, wanted, 3))
+    assert loss.total.item() == pytest.approx((0.1 + 0.2 + 0.3 + 0.4 + 0.5 + 0.6) / (3 * 2))
+    assert loss.terms["first"].item() == pytest.approx(0.2) and "perceptual" not in loss.terms
+
+    looking, batch = sharpening(later_every=3, perceptual=2.0, amount=1.0), some_prompts(3)
+    compared = looking.rollout(batch, frozenset({STUDENT}))
+    found = looking.loss(STUDENT, compared)
+    features = perceptual_distance(looking.features, compared.drawn[:3], compared.wanted[:3]).mean().item()
+    assert features > 0 and found.terms["perceptual"].item() == pytest.approx(features)
+    assert found.total.item() == pytest.approx(plain.loss(STUDENT, compared).total.item() + 2 * features)
+
+
 def test_what_it_draws_is_held_against_its_own_pictures_under_the_mask():
-    alone, batch = sharpening(0.7), some_prompts()
-    drawn, wanted = alone.rollout(batch, frozenset({STUDENT}))
-    assert drawn.shape == wanted.shape == (16, 3, 16, 16)
+    alone, batch = sharpening(amount=0.7), some_prompts()
+    drawn, wanted, count = alone.rollout(batch, frozenset({STUDENT}))
+    assert drawn.shape == wanted.shape == (16, 3, 16, 16) and count == 4
     torch.testing.assert_close(wanted, unsharp(drawn.clamp(-1, 1), 0.7, 1.0))  # it is still what it was
-    loss = alone.loss(STUDENT, (drawn, wanted)).total
+    loss = alone.loss(STUDENT, Compared(drawn, wanted, 4)).total
     assert loss.item() == pytest.approx((drawn - wanted).abs().mean().item()) and loss.item() > 0
     loss.backward()
     assert all(parameter.grad is None for parameter in alone.before.parameters())
     assert any(parameter.grad.abs().sum() > 0 for parameter in alone.players[STUDENT].module.parameters())
+    without = sharpening(amount=0.0).rollout(batch, frozenset({STUDENT}))
+    torch.testing.assert_close(without.wanted, drawn.clamp(-1, 1))
 
 
 def learn(alone: Sharpening, settings: TrainSettings) -> Trainer:
@@ -111,9 +166,9 @@ def learn(alone: Sharpening, settings: TrainSettings) -> Trainer:
 
 def test_its_pictures_move_as_the_mask_would_have_them():
     alone, batch = sharpening(rate=3e-3), some_prompts()
-    began, wanted = alone.rollout(batch, frozenset({STUDENT}))
+    began, wanted, _ = alone.rollout(batch, frozenset({STUDENT}))
     learn(alone, TrainSettings(160, 4))
-    ended, again = alone.rollout(batch, frozenset({STUDENT}))
+    ended, again, _ = alone.rollout(batch, frozenset({STUDENT}))
     assert torch.equal(again, wanted)  # it is held against what it was
     moved, asked = (ended - began).flatten(), (wanted - began).flatten()
     assert torch.cosine_similarity(moved, asked, dim=0) > 0.15
@@ -122,8 +177,9 @@ def test_its_pictures_move_as_the_mask_would_have_them():
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_parts_of_a_batch_add_up_to_its_gradient(size):
+    settings = {"later_every": 3, "perceptual": 0.5, "ahead": True}
     one, other = (
-        list(learn(sharpening(), TrainSettings(8, 4, micro)).method.players[STUDENT].module.parameters())
+        list(learn(sharpening(**settings), TrainSettings(8, 4, micro)).method.players[STUDENT].module.parameters())
         for micro in (None, size)
     )
     for a, b in zip(one, other, strict=True):
@@ -140,6 +196,7 @@ def recipe(tmp_path_factory) -> Recipe:
         f"teacher.source={folder / 'teacher'}", f"data.source={folder / 'pictures'}", "data.size=16",
         "train.num_images=12", "discriminator.features=dinov2-small",
         f"discriminator.features_source={tiny_dinov2(folder / 'dinov2')}", "student.ema_images=4", "sharpen.images=4",
+        "sharpen.ahead=true", "sharpen.perceptual=0.3",
     )  # fmt: skip
 
 

@@ -164,11 +164,15 @@ class AnchorRecipe(Section):
 
 
 class SharpenRecipe(Section):
-    """After ADD: the student learns to draw what an unsharp mask would make of its own pictures."""
+    """After ADD: the student learns from its own pictures, under an unsharp mask and a step further."""
 
-    images: int = Field(0, ge=0)  # prompts, each drawn at every timestep of the student; 0: nothing is sharpened
-    amount: float = Field(1.6, gt=0)  # of what the blur takes from a picture, added to it; a student learns less
+    images: int = Field(0, ge=0)  # prompts, each drawn at the timesteps of the student; 0: nothing is sharpened
+    amount: float = Field(1.6, ge=0)  # of what the blur takes from a picture, added to it; a student learns less
     radius: float = Field(1.0, gt=0, le=16)  # of the Gaussian blur, its standard deviation in pixels
+    ahead: bool = False  # the first prediction learns what a second one, under the same noise, makes of it
+    perceptual: float = Field(0.0, ge=0)  # of the distance between features of the first prediction's pictures, beside
+    # that between pixels
+    later_every: int = Field(1, ge=1)  # of so many prompts one is drawn at the later timesteps too
     learning_rate: float | None = Field(None, gt=0)  # of AdamW; None: the student's
 
 

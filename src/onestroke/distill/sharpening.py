@@ -1,10 +1,13 @@
-"""Sharpening: a finished student learns to draw what an unsharp mask would make of its own pictures.
+"""Sharpening: a finished student learns from its own pictures, under an unsharp mask and a step further.
 
 Latents that a network predicts lie near the mean of what they might have been, and decode to softer lines than those of
 pictures; a student learns its teacher's softness, and adds its own. A mask over the decoded pictures mends much of it.
 Here it goes into the weights, and costs nothing when the student draws. The student as it was draws, timestep by
 timestep, as it is drawn with, and its own pictures under the mask are what each prediction is held against: they fit
 together pixel by pixel, so that a plain mean absolute error does not blur, and nothing but sharpness is learnt.
+
+At pure noise the student can also look ahead: what it makes of its first picture under the same noise is better, keeps
+to the words, and lies near enough to be learnt. Neither asks a teacher for anything: no prompt has to come twice.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from torch import Tensor, nn
 
 from onestroke.config import SharpenRecipe
 from onestroke.distill.decoding import Decoder
+from onestroke.distill.features import FeatureNetwork
+from onestroke.distill.perceptual import perceptual_distance
 from onestroke.families.model import Denoiser, DiffusionModel, joined
 from onestroke.randomness import normal
 from onestroke.schedule import student_timesteps
@@ -30,12 +35,20 @@ STREAM = "sharpening, timestep {}"  # of the noise
 
 
 class Asked(NamedTuple):
-    """What the student drew on its way from pure noise, and from what, all timesteps of all prompts in one batch."""
+    """What the student is asked, and what it is to draw, timestep by timestep; first all prompts at pure noise."""
 
     x_s: Float[Tensor, "n c h w"]
     s: Int[Tensor, " n"]
-    x0: Float[Tensor, "n c h w"]
+    target: Float[Tensor, "n c h w"]
     condition: Condition
+
+
+class Compared(NamedTuple):
+    """Pictures, in [-1, 1]; the first `count` of both are those at pure noise, one for each prompt."""
+
+    drawn: Float[Tensor, "n 3 h w"]
+    wanted: Float[Tensor, "n 3 h w"]
+    count: int
 
 
 def unsharp(images: Float[Tensor, "b 3 h w"], amount: float, radius: float) -> Float[Tensor, "b 3 h w"]:
@@ -54,9 +67,10 @@ def unsharp(images: Float[Tensor, "b 3 h w"], amount: float, radius: float) -> F
 
 
 class Sharpening:
-    """A method whose student sees its own pictures, as `before` draws them, under the mask.
+    """A method whose student sees pictures of its own, as `before` draws them.
 
-    A picture of the run is one prompt with its noise, drawn at each of the student's timesteps.
+    A picture of the run is one prompt with its noise, drawn at pure noise and, one in `recipe.later_every`, at each of
+    the student's later timesteps.
     """
 
     def __init__(
@@ -66,6 +80,7 @@ class Sharpening:
         trained: nn.Module,
         before: Denoiser,
         decode: Decoder,
+        features: FeatureNetwork,
         recipe: SharpenRecipe,
         optimizer: OptimizerSettings,
         *,
@@ -73,9 +88,11 @@ class Sharpening:
         ema_images: float,
         seed: int,
     ) -> None:
-        self.model, self.student, self.before, self.decode = model, student, before, decode
+        self.model, self.student, self.before = model, student, before
+        self.decode, self.features = decode, features
         self.recipe, self.seed = recipe, seed
         self.timesteps = student_timesteps(num_timesteps, num_train_timesteps=len(model.schedule))
+        self.middle = student_timesteps(2, num_train_timesteps=len(model.schedule))[1]
         self.players = {"student": Player(trained, optimizer, ema_images=ema_images)}
 
     @property
@@ -83,34 +100,57 @@ class Sharpening:
         """The networks that are not trained."""
         model = self.model
         tiny = [] if self.decode.tiny is None else [self.decode.tiny]
-        return [model.unet, self.before.unet, model.vae, *model.text_encoders, *tiny]
+        return [model.unet, self.before.unet, model.vae, *model.text_encoders, self.features, *tiny]
 
-    def rollout(self, batch: Batch, due: frozenset[str]) -> tuple[Tensor, Tensor]:
-        """The student's pictures, and what they are held against; both n 3 h w, timesteps times prompts."""
+    def rollout(self, batch: Batch, due: frozenset[str]) -> Compared:
+        """The student's pictures, and what they are held against."""
         with torch.no_grad():
             asked = self.asked(batch)
-            wanted = unsharp(self.decode(asked.x0).clamp(-1, 1), self.recipe.amount, self.recipe.radius)
-        return self.decode(self.student(asked.x_s, asked.s, asked.condition)), wanted
+            wanted = self.decode(asked.target).clamp(-1, 1)
+            if self.recipe.amount:
+                wanted = unsharp(wanted, self.recipe.amount, self.recipe.radius)
+        drawn = self.decode(self.student(asked.x_s, asked.s, asked.condition))
+        return Compared(drawn, wanted, len(batch))
 
     @torch.no_grad()
     def asked(self, batch: Batch) -> Asked:
-        """The way of the student as it was, from pure noise, with new noise over each picture before."""
-        model = self.model
-        size = batch.picture_size
+        """The way of the student as it was, from pure noise, with new noise over each picture before.
+
+        With `recipe.ahead` the first target is the picture of two steps without new noise: DDIM's (arXiv 2010.02502,
+        eq. 12, sigma = 0), as a student learns two of its teacher's in progressive distillation (arXiv 2202.00512).
+        """
+        model, size = self.model, batch.picture_size
         condition = model.full_size(model.encode_prompts(batch.captions), size)
         shape = [model.unet.config.in_channels, *(side // model.vae_scale_factor for side in size)]
-        x0, inputs, pictures = torch.zeros(len(batch), *shape, dtype=model.dtype, device=model.device), [], []
-        s = torch.tensor(self.timesteps, device=model.device).repeat_interleave(len(batch))
-        for place, each in enumerate(s.split(len(batch))):
-            eps = normal(shape, self.seed, STREAM.format(place), batch.slots).to(x0)
-            inputs.append(model.schedule.student_input(x0, eps, each))
-            x0 = self.before(inputs[-1], each, condition).to(x0)
-            pictures.append(x0)
-        return Asked(torch.cat(inputs), s, torch.cat(pictures), reduce(joined, [condition] * len(pictures)))
+        x0 = torch.zeros(len(batch), *shape, dtype=model.dtype, device=model.device)
+        goes_on = (batch.slots % self.recipe.later_every == 0).nonzero()[:, 0].to(model.device)
+        rows, parts = torch.arange(len(batch), device=model.device), []
+        for place, timestep in enumerate(self.timesteps):
+            if place == 1:
+                rows, x0, condition = goes_on, x0[goes_on], condition[goes_on]
+            if not len(rows):
+                break
+            s = torch.full((len(rows),), timestep, device=model.device)
+            eps = normal(shape, self.seed, STREAM.format(place), batch.slots[rows.cpu()]).to(x0)
+            x_s = model.schedule.student_input(x0, eps, s)
+            x0 = target = self.before(x_s, s, condition).to(x0)
+            if place == 0 and self.recipe.ahead:
+                middle = torch.full_like(s, self.middle)
+                target = self.before(model.schedule.add_noise(x0, eps, middle), middle, condition).to(x0)
+            parts.append(Asked(x_s, s, target, condition))
+        x_s, s, target, conditions = zip(*parts, strict=True)
+        return Asked(torch.cat(x_s), torch.cat(s), torch.cat(target), reduce(joined, conditions))
 
-    def loss(self, player: str, rollout: tuple[Tensor, Tensor]) -> Loss:
-        drawn, wanted = rollout
-        return Loss((drawn - wanted).abs().mean())
+    def loss(self, player: str, rollout: Compared) -> Loss:
+        """Both terms are means over the predictions that so many prompts have on average."""
+        drawn, wanted, count = rollout
+        far = (drawn - wanted).abs().mean(dim=(1, 2, 3))
+        pixel = far.sum() / (count * (1 + (len(self.timesteps) - 1) / self.recipe.later_every))
+        terms, total = {"pixel": pixel.detach(), "first": far[:count].mean().detach()}, pixel
+        if self.recipe.perceptual:
+            seen = perceptual_distance(self.features, drawn[:count], wanted[:count]).mean()
+            terms["perceptual"], total = seen.detach(), pixel + self.recipe.perceptual * seen
+        return Loss(total, terms)
 
     def finish_step(self, due: frozenset[str]) -> None:
         """Nothing to do."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from onestroke.config import Recipe
+from onestroke.config import Recipe, SharpenRecipe
 from onestroke.errors import CheckpointError
 
 RECIPE, PICTURES = "recipe.yaml", "pictures.yaml"
@@ -15,7 +15,7 @@ FREE = frozenset({  # keys that change nothing that ADD has learnt, beyond the r
     "train.parallel", "train.micro_batch_size", "train.device", "train.checkpoint_minutes", "train.keep_checkpoints",
     "train.sample_images", "train.evaluate_images", "train.evaluate_count", "train.evaluate_features",
     "train.on_alarm", "train.compile", "student.gradient_checkpointing", "data.num_workers",
-    "anchors.kept", "sharpen.images", "sharpen.amount", "sharpen.radius", "sharpen.learning_rate",
+    "anchors.kept", *(f"sharpen.{name}" for name in SharpenRecipe.model_fields),
 })  # fmt: skip
 
 

@@ -41,7 +41,7 @@ def sharpen(
     run, from `out/sharpening`. A step holds as many predictions as one of ADD, so a share of its prompts.
     """
     folder, method = out / "sharpening", trainer.method
-    settings, player, count = trainer.settings, method.players[STUDENT], recipe.student.num_timesteps
+    settings, player = trainer.settings, method.players[STUDENT]
     weights = trainer.whole(STUDENT, average=True)
     if weights is not None:
         write_tensors(folder / "before.safetensors", weights.state_dict(), what="the student before it is sharpened")
@@ -59,14 +59,16 @@ def sharpen(
         player.module,
         before,
         method.decode,
+        method.features,
         recipe.sharpen,
         replace(player.optimizer, kind=kind, betas=BETAS, learning_rate=rate, decay="linear"),
-        num_timesteps=count,
+        num_timesteps=recipe.student.num_timesteps,
         ema_images=recipe.student.ema_images,
         seed=recipe.seed,
     )
-    images, batch_size = recipe.sharpen.images, num_ranks() * max(1, share_of(settings.batch_size) // count)
-    micro = settings.micro_batch_size and max(1, settings.micro_batch_size // count)
+    each = 1 + (recipe.student.num_timesteps - 1) / recipe.sharpen.later_every  # predictions of a prompt
+    images, batch_size = recipe.sharpen.images, num_ranks() * max(1, int(share_of(settings.batch_size) / each))
+    micro = settings.micro_batch_size and max(1, int(settings.micro_batch_size / each))
     finer = Trainer(
         alone,
         replace(settings, num_images=images, batch_size=batch_size, micro_batch_size=micro, shows_speed=False),
@@ -79,7 +81,7 @@ def sharpen(
         folder,
         recipe_text=yaml.safe_dump(own | recipe.model_dump(mode="json"), sort_keys=False),
         minutes=minutes,
-        observe=Teller("sharpening", "loss", images, tell),
+        observe=Teller("sharpening", "first", images, tell),
     )
     return finer
 
