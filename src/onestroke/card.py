@@ -66,10 +66,12 @@ def _after(recipe: Recipe, sharpened: int) -> str:
     """What came after ADD."""
     if not sharpened:
         return ""
-    return (
-        f" On {sharpened:,} prompts it then learnt to draw what an unsharp mask ({recipe.sharpen.amount:.0%}, radius "
-        f"{recipe.sharpen.radius:g} pixels) makes of its own pictures."
-    )
+    settings, learnt = recipe.sharpen, []
+    if settings.amount:
+        learnt.append(f"to draw as under an unsharp mask ({settings.amount:.0%}, radius {settings.radius:g} pixels)")
+    if settings.ahead:
+        learnt.append("to draw in its first step what a second one made of it")
+    return f" On {sharpened:,} prompts it then learnt {' and '.join(learnt)} from its own pictures."
 
 
 def with_evaluation(card: str, section: str) -> str | None:

@@ -175,6 +175,12 @@ class SharpenRecipe(Section):
     later_every: int = Field(1, ge=1)  # of so many prompts one is drawn at the later timesteps too
     learning_rate: float | None = Field(None, gt=0)  # of AdamW; None: the student's
 
+    @model_validator(mode="after")
+    def _something_to_learn(self):
+        if self.images and not (self.amount or self.ahead):
+            raise ValueError("without an amount, and not ahead, the student would learn what it draws already")
+        return self
+
 
 class DecodeRecipe(Section):
     """How latents become the pictures that discriminator and pixel loss look at: by default the VAE, all at once."""
