@@ -134,6 +134,11 @@ def test_the_vae_is_not_searched_for_hooks(monkeypatch):
     given = {"num_inference_steps": 1, "guidance_scale": 0.0, "height": 32, "width": 32, "output_type": "pt"}
     assert fast(["a hat"], **given).images.requires_grad is False and not searched
 
+    fast._all_hooks = ["of a model that is offloaded"]
+    fast.maybe_free_model_hooks = lambda: None
+    assert fast(["a hat"], **given).images.any() and searched.pop() is fast.vae
+    fast._all_hooks = []
+
     class Marks:
         def apply_watermark(self, images):
             return torch.full_like(images, -1.0)

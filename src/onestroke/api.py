@@ -166,14 +166,13 @@ def _distil(
     )
     if broken:
         logging.getLogger(__name__).warning("%s", broken)
-    images = trainer.images
     if not (is_finished and recipe.sharpen.images):
         return export_student(trainer, teacher, recipe, out / "student")
     left = _minutes_to(deadline)
     finer = sharpen(trainer, source, recipe, out, minutes=left, tell=tell)
     weights = finer.whole(STUDENT, average=True)
     if weights is not None:
-        write_student(weights, teacher, recipe, out / "student", images, sharpened=finer.images)
+        write_student(weights, teacher, recipe, out / "student", trainer.images, sharpened=finer.images)
     return out / "student"
 
 

@@ -68,7 +68,8 @@ def _settled(cls: type, **members: Any) -> type:
 def _decoding_at_once(call: Callable) -> Callable:
     """SDXL's call, whose latents are decoded without a search of the VAE for offloading hooks.
 
-    Where more than that would be done, with a watermark, in float16 or with means of latents, diffusers decodes.
+    Where more than that would be done, offloaded, with a watermark, in float16 or with means of latents, diffusers
+    decodes.
     """
 
     @wraps(call)
@@ -86,8 +87,10 @@ def _decoding_at_once(call: Callable) -> Callable:
 
 def _decodes_plainly(pipeline: StableDiffusionXLPipeline) -> bool:
     vae, unet = pipeline.vae, pipeline.unet
-    is_mixed = getattr(vae.config, "latents_mean", None) is not None or pipeline.watermark is not None
-    return not is_mixed and vae.dtype == unet.dtype != torch.float16 and vae.device == unet.device
+    has_means = getattr(vae.config, "latents_mean", None) is not None
+    if has_means or pipeline.watermark is not None or getattr(pipeline, "_all_hooks", None):
+        return False
+    return vae.dtype == unet.dtype != torch.float16 and vae.device == unet.device
 
 
 def _reading_once(encode_prompt: Callable) -> Callable:
