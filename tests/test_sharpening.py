@@ -14,13 +14,15 @@ from pipelines import tiny_sdxl
 from rank_runs import in_ranks
 from tiny_runs import tiny_add, tiny_dinov2, tiny_features, tiny_recipe, write_folder
 
+from onestroke import build
 from onestroke.api import distill
-from onestroke.config import DecodeRecipe, Recipe, SharpenRecipe
+from onestroke.config import DecodeRecipe, Recipe, SharpenRecipe, recipe_from
 from onestroke.distill.add import STUDENT
 from onestroke.distill.decoding import Decoder
 from onestroke.distill.perceptual import perceptual_distance
 from onestroke.distill.sharpening import Compared, Sharpening, unsharp
 from onestroke.errors import CheckpointError, RecipeError
+from onestroke.families.load import load_model
 from onestroke.randomness import normal
 from onestroke.schedule import beta_settings
 from onestroke.train.checkpoint import load_newest
@@ -204,16 +206,15 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return UNet2DConditionModel.from_pretrained(run / "student" / "unet").state_dict()
 
 
-def sharpened_only(recipe: Recipe, **settings) -> Recipe:
+def changed(recipe: Recipe, **settings) -> Recipe:
     return recipe.model_copy(update={"sharpen": recipe.sharpen.model_copy(update=settings)})
 
 
 def test_the_run_goes_on_after_add_and_exports_what_came_of_it(recipe, tmp_path):
-    told: list[str] = []
-    distill(sharpened_only(recipe, images=0), tmp_path / "run")
+    distill(changed(recipe, images=0), tmp_path / "run")
     before, state = weights(tmp_path / "run"), load_newest(tmp_path / "run" / "checkpoints")
     assert not (tmp_path / "run" / "sharpening").exists()
-    distill(recipe, tmp_path / "run", tell=told.append)  # a run of ADD that has ended is sharpened without another
+    distill(recipe, tmp_path / "run")  # a run of ADD that has ended is sharpened without another
     ended = load_newest(tmp_path / "run" / "sharpening" / "checkpoints")
     assert ended["images"] == 4 and load_newest(tmp_path / "run" / "checkpoints")["images"] == state["images"] == 12
     after = weights(tmp_path / "run")
@@ -225,7 +226,7 @@ def test_the_run_goes_on_after_add_and_exports_what_came_of_it(recipe, tmp_path)
     assert "and to draw in its first step what a second one made of it from its own pictures." in card
     StableDiffusionXLPipeline.from_pretrained(tmp_path / "run" / "student")
     with pytest.raises(CheckpointError, match=re.escape("sharpening.amount: 1.6 -> 2.0")):
-        distill(sharpened_only(recipe, amount=2.0), tmp_path / "run")
+        distill(changed(recipe, amount=2.0), tmp_path / "run")
 
 
 def test_a_run_that_was_stopped_ends_in_the_same_weights(recipe, tmp_path):
@@ -252,6 +253,14 @@ def test_two_processes_end_near_one(recipe, tmp_path):
     assert load_newest(tmp_path / "two" / "sharpening" / "checkpoints")["step"] == 2
     for name, value in one.items():
         torch.testing.assert_close(value, two[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("where", ["sharpen.images", "anchors.images"])
+def test_what_is_not_split_over_processes_is_refused(recipe, where, monkeypatch):
+    monkeypatch.setattr(build, "is_sharded", lambda recipe: True)
+    anchored = recipe_from(recipe.model_dump(), ["anchors.count=8", "anchors.images=8", "sharpen.images=0"])
+    with pytest.raises(RecipeError, match=f"{where}.*not split over processes"):
+        build.add_trainer(anchored if where.startswith("anchors") else recipe, load_model(recipe.teacher.source))
 
 
 def test_what_cannot_be_is_refused():

@@ -206,18 +206,13 @@ def add_trainer(recipe: Recipe, teacher: DiffusionModel, *, anchors: Anchors | N
     if recipe.teacher.fp8 != "none" and (shares or recipe.student.lora is not None):
         why = "fsdp splits its weights" if shares else "a LoRA student learns through its weights"
         raise RecipeError(f"a teacher in float8 has to be whole, and {why}", where="teacher.fp8", fix="Leave it out.")
-    if recipe.anchors.images and shares:
-        raise RecipeError(
-            "what comes before ADD is not split over processes",
-            where="anchors.images",
-            fix="Set it to 0, or train.parallel to ddp.",
-        )
-    if recipe.sharpen.images and shares:
-        raise RecipeError(
-            "what comes after ADD is not split over processes",
-            where="sharpen.images",
-            fix="Set it to 0, or train.parallel to ddp.",
-        )
+    for where, images in (("anchors.images", recipe.anchors.images), ("sharpen.images", recipe.sharpen.images)):
+        if images and shares:
+            raise RecipeError(
+                "what comes before and after ADD is not split over processes",
+                where=where,
+                fix="Set it to 0, or train.parallel to ddp.",
+            )
     student = build_student(teacher, recipe.student, seed=recipe.seed).to(dtype=dtype)
     low, autocast = kept_dtype(recipe), autocast_dtype(settings.precision, device)
     lower([teacher.unet], low)
