@@ -16,8 +16,8 @@ PACKAGE = Path(onestroke.__file__).parent
 ROOMS = (
     "types", "errors", "tensor_files", "cluster", "ownership", "config", "recipes", "precision", "compiler",
     "operations", "schedule", "randomness", "families", "lora", "data", "train/method", "distill", "divided",
-    "upsampling", "fast", "sample", "picture_metadata", "single_file_export", "export", "card", "evaluate", "arena",
-    "train", "plan", "embedded", "ablation", "serve",
+    "upsampling", "lean_decoder", "fast", "sample", "picture_metadata", "single_file_export", "export", "card",
+    "evaluate", "arena", "train", "plan", "embedded", "ablation", "serve",
 )  # fmt: skip
 COMPOSITION = ("__init__", "__main__", "build", "api", "cli", "commands")  # may import from every room
 

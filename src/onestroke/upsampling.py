@@ -23,7 +23,7 @@ def merge_upsampling(module: nn.Module) -> int:
     found = [part for part in module.modules() if type(part) is Upsample2D and _is_plain(part)]
     for part in found:
         part.register_buffer("merged", merged_weight(part.conv.weight.detach()), persistent=False)
-        part.__class__ = _Merged
+        part.__class__ = MergedUpsample2D
     return len(found)
 
 
@@ -33,7 +33,7 @@ def merged_weight(weight: Float[Tensor, "out into 3 3"]) -> Float[Tensor, "into 
     return torch.einsum("oikl,pk,ql->iopq", weight.float(), taps, taps).to(weight.dtype)
 
 
-class _Merged(Upsample2D):
+class MergedUpsample2D(Upsample2D):
     """An `Upsample2D` with a buffer `merged`."""
 
     def forward(
