@@ -96,19 +96,19 @@ def test_the_student_is_asked_on_its_own_way(ahead):
     assert len(seen) == 4 * 2 * 64 and len(asked.condition.text) == 8
 
 
-def test_looking_ahead_is_two_steps_of_ddim():
+def test_looking_ahead_is_ddim_to_the_second_timestep_and_its_prediction():
     alone, batch = sharpening(ahead=True), some_prompts(2)
     eps = noise(0, batch.slots)
     condition = alone.model.full_size(alone.model.encode_prompts(batch.captions), (16, 16))
     solver = DDIMScheduler(**beta_settings(alone.model.scheduler_config), prediction_type="sample",
                            timestep_spacing="trailing", clip_sample=False)  # fmt: skip
-    solver.set_timesteps(2)
-    x = eps
+    solver.set_timesteps(4)
+    first, second = solver.timesteps[:2]
     with torch.no_grad():
-        for t in solver.timesteps:
-            x = solver.step(alone.before(x, t.expand(2), condition), t, x).prev_sample
-    assert solver.timesteps.tolist() == [999, 499]
-    torch.testing.assert_close(alone.asked(batch).target[:2], x, rtol=1e-4, atol=1e-5)
+        x = solver.step(alone.before(eps, first.expand(2), condition), first, eps).prev_sample
+        expected = alone.before(x, second.expand(2), condition)
+    assert (first, second) == (999, 749)
+    torch.testing.assert_close(alone.asked(batch).target[:2], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_some_prompts_alone_go_on_to_the_later_timesteps():
@@ -150,6 +150,9 @@ def test_what_it_draws_is_held_against_its_own_pictures_under_the_mask():
     loss.backward()
     assert all(parameter.grad is None for parameter in alone.before.parameters())
     assert any(parameter.grad.abs().sum() > 0 for parameter in alone.players[STUDENT].module.parameters())
+    lighter = sharpening(amount=0.7, later_amount=0.2, later_every=3).rollout(batch, frozenset({STUDENT}))
+    amounts = torch.tensor([0.7] * 4 + [0.2] * 6)[:, None, None, None]
+    torch.testing.assert_close(lighter.wanted, unsharp(lighter.drawn.clamp(-1, 1), amounts, 1.0))
     without = sharpening(amount=0.0, ahead=True).rollout(batch, frozenset({STUDENT}))
     torch.testing.assert_close(without.wanted[4:], drawn.clamp(-1, 1)[4:])  # of the later timesteps
 
@@ -268,5 +271,7 @@ def test_what_cannot_be_is_refused():
         tiny_recipe("sharpen.images=8", "student.lora.rank=2")
     with pytest.raises(RecipeError, match="the student would learn what it draws already"):
         tiny_recipe("sharpen.images=8", "sharpen.amount=0")
+    with pytest.raises(RecipeError, match="sharpen.ahead needs a second timestep"):
+        tiny_recipe("sharpen.images=8", "sharpen.ahead=true", "student.num_timesteps=1")
     with pytest.raises(RecipeError, match="sharpen.radius"):
         tiny_recipe("sharpen.radius=0")

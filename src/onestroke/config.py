@@ -168,8 +168,9 @@ class SharpenRecipe(Section):
 
     images: int = Field(0, ge=0)  # prompts, each drawn at the timesteps of the student; 0: nothing is sharpened
     amount: float = Field(1.6, ge=0)  # of what the blur takes from a picture, added to it; a student learns less
+    later_amount: float | None = Field(None, ge=0)  # the same, of the pictures at the later timesteps; None: as much
     radius: float = Field(1.0, gt=0, le=16)  # of the Gaussian blur, its standard deviation in pixels
-    ahead: bool = False  # the first prediction learns what a second one, under the same noise, makes of it
+    ahead: bool = False  # the first prediction learns what the second one, under the same noise, makes of it
     perceptual: float = Field(0.0, ge=0)  # of the distance between features of the first prediction's pictures, beside
     # that between pixels
     later_every: int = Field(1, ge=1)  # of so many prompts one is drawn at the later timesteps too
@@ -177,7 +178,7 @@ class SharpenRecipe(Section):
 
     @model_validator(mode="after")
     def _something_to_learn(self):
-        if self.images and not (self.amount or self.ahead):
+        if self.images and not (self.amount or self.later_amount or self.ahead):
             raise ValueError("without an amount, and not ahead, the student would learn what it draws already")
         return self
 
@@ -270,6 +271,8 @@ class Recipe(Section):
             raise ValueError("anchors.kept mixes whole weights: set it to 0 for an adapter (student.lora)")
         if self.sharpen.images and self.student.lora:
             raise ValueError("sharpen.images trains whole weights: set it to 0 for an adapter (student.lora)")
+        if self.sharpen.ahead and stations == 1:
+            raise ValueError("sharpen.ahead needs a second timestep: set student.num_timesteps to 2 or more")
         return self
 
 

@@ -51,11 +51,13 @@ class Compared(NamedTuple):
     count: int
 
 
-def unsharp(images: Float[Tensor, "b 3 h w"], amount: float, radius: float) -> Float[Tensor, "b 3 h w"]:
+def unsharp(
+    images: Float[Tensor, "b 3 h w"], amount: float | Float[Tensor, "b 1 1 1"], radius: float
+) -> Float[Tensor, "b 3 h w"]:
     """`images`, in [-1, 1], with `amount` times what a Gaussian blur takes from them added, in [-1, 1] again.
 
-    `radius`: the blur's standard deviation in pixels. As in Pillow's `UnsharpMask` with 100 `amount` percent and a
-    threshold of 0.
+    `amount`: of all or of each. `radius`: the blur's standard deviation in pixels. As in Pillow's `UnsharpMask` with
+    100 `amount` percent and a threshold of 0.
     """
     reach = math.ceil(3 * radius)
     bell = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=images.device) / radius).square())
@@ -91,8 +93,9 @@ class Sharpening:
         self.model, self.student, self.before = model, student, before
         self.decode, self.features = decode, features
         self.recipe, self.seed = recipe, seed
+        later = recipe.amount if recipe.later_amount is None else recipe.later_amount
+        self.amounts = (recipe.amount, later)  # at pure noise, at the later timesteps
         self.timesteps = student_timesteps(num_timesteps, num_train_timesteps=len(model.schedule))
-        self.middle = student_timesteps(2, num_train_timesteps=len(model.schedule))[1]
         self.players = {"student": Player(trained, optimizer, ema_images=ema_images)}
 
     @property
@@ -107,8 +110,11 @@ class Sharpening:
         with torch.no_grad():
             asked = self.asked(batch)
             wanted = self.decode(asked.target).clamp(-1, 1)
-            if self.recipe.amount:
-                wanted = unsharp(wanted, self.recipe.amount, self.recipe.radius)
+            if self.amounts != (0, 0):
+                amounts = wanted.new_tensor(self.amounts).repeat_interleave(
+                    torch.tensor([len(batch), len(wanted) - len(batch)], device=wanted.device)
+                )
+                wanted = unsharp(wanted, amounts[:, None, None, None], self.recipe.radius)
         drawn = self.decode(self.student(asked.x_s, asked.s, asked.condition))
         return Compared(drawn, wanted, len(batch))
 
@@ -116,8 +122,9 @@ class Sharpening:
     def asked(self, batch: Batch) -> Asked:
         """The way of the student as it was, from pure noise, with new noise over each picture before.
 
-        With `recipe.ahead` the first target is the picture of two steps without new noise: DDIM's (arXiv 2010.02502,
-        eq. 12, sigma = 0), as a student learns two of its teacher's in progressive distillation (arXiv 2202.00512).
+        With `recipe.ahead` the first target is what the second timestep makes of the picture without new noise: DDIM's
+        step (arXiv 2010.02502, eq. 12, sigma = 0), as a student learns two of its teacher's in progressive distillation
+        (arXiv 2202.00512).
         """
         model, size = self.model, batch.picture_size
         condition = model.full_size(model.encode_prompts(batch.captions), size)
@@ -135,8 +142,8 @@ class Sharpening:
             x_s = model.schedule.student_input(x0, eps, s)
             x0 = target = self.before(x_s, s, condition).to(x0)
             if place == 0 and self.recipe.ahead:
-                middle = torch.full_like(s, self.middle)
-                target = self.before(model.schedule.add_noise(x0, eps, middle), middle, condition).to(x0)
+                second = torch.full_like(s, self.timesteps[1])
+                target = self.before(model.schedule.add_noise(x0, eps, second), second, condition).to(x0)
             parts.append(Asked(x_s, s, target, condition))
         x_s, s, target, conditions = zip(*parts, strict=True)
         return Asked(torch.cat(x_s), torch.cat(s), torch.cat(target), reduce(joined, conditions))
