@@ -21,7 +21,14 @@ from onestroke.families.load import load_model
 from onestroke.operations import CPU_FORMULAS
 from onestroke.plan.architecture import architecture_of
 from onestroke.plan.devices import DEVICES, device_called
-from onestroke.plan.estimate import advice, cache_line, checkpoint_bytes, estimate, memory_by_part
+from onestroke.plan.estimate import (
+    advice,
+    cache_line,
+    checkpoint_bytes,
+    estimate,
+    memory_by_part,
+    uncounted_line,
+)
 from onestroke.plan.simulation import AUTOCAST, run_micro_batch, simulate, start_gradients
 from onestroke.plan.tracker import Tracker, cuda_casts
 from onestroke.single_file_export import save_single_file
@@ -220,6 +227,17 @@ def test_a_plan_says_when_encoding_once_pays(folder):
     endless = tiny_recipe("data.source=FOLDER", "data.crop=random")
     assert "crops_per_image" in cache_line(endless, simulation)
     assert cache_line(tiny_recipe("data.source=comicset"), simulation) is None
+
+
+def test_what_an_estimate_leaves_out_is_named():
+    assert uncounted_line(tiny_recipe()) is None
+    anchored = tiny_recipe("anchors.count=8000", "anchors.images=9000", "anchors.steps=8")
+    assert uncounted_line(anchored) == (
+        "not in these hours: 8,000 pictures that the teacher draws in 8 steps; "
+        "9,000 showings of those to the student alone"
+    )
+    sharpened = tiny_recipe("sharpen.images=14000", "sharpen.later_every=3")
+    assert uncounted_line(sharpened) == "not in these hours: 14,000 prompts of sharpening, 2 predictions each"
 
 
 def test_the_command_plans_a_gpu_and_measures_this_machine(folder, tmp_path):

@@ -18,7 +18,7 @@ from onestroke.errors import ResourceError
 from onestroke.plan.architecture import Architecture, architecture_of
 from onestroke.plan.calibration import measured_step
 from onestroke.plan.devices import device_called
-from onestroke.plan.estimate import Estimate, advice, cache_line, checkpoint_bytes, estimate, gib
+from onestroke.plan.estimate import Estimate, advice, cache_line, checkpoint_bytes, estimate, gib, uncounted_line
 from onestroke.plan.simulation import simulate
 from onestroke.precision import named_frozen_precision, named_precision
 
@@ -42,7 +42,7 @@ def run_plan(recipe: str, overrides: list[str], device: str | None, count: int, 
         f"{found.pictures_an_hour:,.0f} pictures an hour; {found.num_steps:,} steps in {found.hours:,.1f} hours",
         f"{found.operations / 1e12:.3g} tera-operations a picture, recomputation left out",
         f"each checkpoint: {checkpoint} on the disk, and in memory while it is written",
-        *filter(None, [cache_line(resolved, simulation)]),
+        *filter(None, [uncounted_line(resolved), cache_line(resolved, simulation)]),
         *([f"room: {gib(room)}"] if room else []),
     ):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

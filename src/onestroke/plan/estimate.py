@@ -142,6 +142,19 @@ def cache_line(recipe: Recipe, simulation: Simulation) -> str | None:
     )
 
 
+def uncounted_line(recipe: Recipe) -> str | None:
+    """What the recipe does before and after ADD, whose hours alone an estimate gives; None for nothing."""
+    anchors, sharpen = recipe.anchors, recipe.sharpen
+    each = 1 + (recipe.student.num_timesteps - 1) / sharpen.later_every
+    stages = [
+        (anchors.count, f"{anchors.count:,} pictures that the teacher draws in {anchors.steps} steps"),
+        (anchors.images, f"{anchors.images:,} showings of those to the student alone"),
+        (sharpen.images, f"{sharpen.images:,} prompts of sharpening, {each:.3g} predictions each"),
+    ]
+    named = [text for count, text in stages if count]
+    return f"not in these hours: {'; '.join(named)}" if named else None
+
+
 def gib(size: float) -> str:
     """Bytes in words."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**29 else f"{size / 2**20:,.0f} MiB"
