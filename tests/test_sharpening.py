@@ -273,5 +273,6 @@ def test_what_cannot_be_is_refused():
         tiny_recipe("sharpen.images=8", "sharpen.amount=0")
     with pytest.raises(RecipeError, match="sharpen.ahead needs a second timestep"):
         tiny_recipe("sharpen.images=8", "sharpen.ahead=true", "student.num_timesteps=1")
+    assert tiny_recipe("sharpen.images=0", "sharpen.ahead=true", "student.num_timesteps=1").sharpen.ahead
     with pytest.raises(RecipeError, match="sharpen.radius"):
         tiny_recipe("sharpen.radius=0")

@@ -67,9 +67,9 @@ def _after(recipe: Recipe, sharpened: int) -> str:
     if not sharpened:
         return ""
     settings, learnt = recipe.sharpen, []
-    later = settings.amount if settings.later_amount is None else settings.later_amount
-    if settings.amount or later:
-        amounts = f"{settings.amount:.0%}" + ("" if later == settings.amount else f", after the first step {later:.0%}")
+    first, later = settings.amounts
+    if first or later:
+        amounts = f"{first:.0%}" + ("" if later == first else f", after the first step {later:.0%}")
         learnt.append(f"to draw as under an unsharp mask ({amounts}, radius {settings.radius:g} pixels)")
     if settings.ahead:
         learnt.append("to draw in its first step what a second one made of it")

@@ -176,9 +176,18 @@ class SharpenRecipe(Section):
     later_every: int = Field(1, ge=1)  # of so many prompts one is drawn at the later timesteps too
     learning_rate: float | None = Field(None, gt=0)  # of AdamW; None: the student's
 
+    @property
+    def amounts(self) -> tuple[float, float]:
+        """The mask's amount at pure noise, and that at the later timesteps."""
+        return self.amount, self.amount if self.later_amount is None else self.later_amount
+
+    def predictions(self, num_timesteps: int) -> float:
+        """How many a prompt has on average, of a student with so many timesteps."""
+        return 1 + (num_timesteps - 1) / self.later_every
+
     @model_validator(mode="after")
     def _something_to_learn(self):
-        if self.images and not (self.amount or self.later_amount or self.ahead):
+        if self.images and not (any(self.amounts) or self.ahead):
             raise ValueError("without an amount, and not ahead, the student would learn what it draws already")
         return self
 
@@ -271,7 +280,7 @@ class Recipe(Section):
             raise ValueError("anchors.kept mixes whole weights: set it to 0 for an adapter (student.lora)")
         if self.sharpen.images and self.student.lora:
             raise ValueError("sharpen.images trains whole weights: set it to 0 for an adapter (student.lora)")
-        if self.sharpen.ahead and stations == 1:
+        if self.sharpen.images and self.sharpen.ahead and stations == 1:
             raise ValueError("sharpen.ahead needs a second timestep: set student.num_timesteps to 2 or more")
         return self
 

@@ -25,8 +25,8 @@ MACHINES = ("x86_64", "AMD64")  # where it was measured
 def make_lean(decoder: nn.Module) -> int:
     """Change a diffusers decoder that is to draw, on a CPU and in its final dtype, in place; returns how many parts.
 
-    What is saved stays as it is; changes to the weights change nothing any more. In another dtype, on another device
-    and where gradients are asked for, each part computes as it did before.
+    Its weights then lie in memory twice. What is saved stays as it is; changes to the weights change nothing any more.
+    In another dtype, on another device and where gradients are asked for, each part computes as it did before.
     """
     if not packs_weights():
         return 0

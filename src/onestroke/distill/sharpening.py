@@ -93,8 +93,6 @@ class Sharpening:
         self.model, self.student, self.before = model, student, before
         self.decode, self.features = decode, features
         self.recipe, self.seed = recipe, seed
-        later = recipe.amount if recipe.later_amount is None else recipe.later_amount
-        self.amounts = (recipe.amount, later)  # at pure noise, at the later timesteps
         self.timesteps = student_timesteps(num_timesteps, num_train_timesteps=len(model.schedule))
         self.players = {"student": Player(trained, optimizer, ema_images=ema_images)}
 
@@ -110,8 +108,8 @@ class Sharpening:
         with torch.no_grad():
             asked = self.asked(batch)
             wanted = self.decode(asked.target).clamp(-1, 1)
-            if self.amounts != (0, 0):
-                amounts = wanted.new_tensor(self.amounts).repeat_interleave(
+            if any(self.recipe.amounts):
+                amounts = wanted.new_tensor(self.recipe.amounts).repeat_interleave(
                     torch.tensor([len(batch), len(wanted) - len(batch)], device=wanted.device)
                 )
                 wanted = unsharp(wanted, amounts[:, None, None, None], self.recipe.radius)
@@ -152,7 +150,7 @@ class Sharpening:
         """Both terms are means over the predictions that so many prompts have on average."""
         drawn, wanted, count = rollout
         far = (drawn - wanted).abs().mean(dim=(1, 2, 3))
-        pixel = far.sum() / (count * (1 + (len(self.timesteps) - 1) / self.recipe.later_every))
+        pixel = far.sum() / (count * self.recipe.predictions(len(self.timesteps)))
         terms, total = {"pixel": pixel.detach(), "first": far[:count].mean().detach()}, pixel
         if self.recipe.perceptual:
             seen = perceptual_distance(self.features, drawn[:count], wanted[:count]).mean()

@@ -145,7 +145,7 @@ def cache_line(recipe: Recipe, simulation: Simulation) -> str | None:
 def uncounted_line(recipe: Recipe) -> str | None:
     """What the recipe does before and after ADD, whose hours alone an estimate gives; None for nothing."""
     anchors, sharpen = recipe.anchors, recipe.sharpen
-    each = 1 + (recipe.student.num_timesteps - 1) / sharpen.later_every
+    each = sharpen.predictions(recipe.student.num_timesteps)
     stages = [
         (anchors.count, f"{anchors.count:,} pictures that the teacher draws in {anchors.steps} steps"),
         (anchors.images, f"{anchors.images:,} showings of those to the student alone"),

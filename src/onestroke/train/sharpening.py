@@ -66,7 +66,7 @@ def sharpen(
         ema_images=recipe.student.ema_images,
         seed=recipe.seed,
     )
-    each = 1 + (recipe.student.num_timesteps - 1) / recipe.sharpen.later_every  # predictions of a prompt
+    each = recipe.sharpen.predictions(recipe.student.num_timesteps)
     images, batch_size = recipe.sharpen.images, num_ranks() * max(1, int(share_of(settings.batch_size) / each))
     micro = settings.micro_batch_size and max(1, int(settings.micro_batch_size / each))
     finer = Trainer(
