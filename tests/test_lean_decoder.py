@@ -125,11 +125,22 @@ def test_a_fast_pipeline_has_a_lean_decoder_and_a_plain_unet():
     assert all(type(part) is nn.Conv2d for part in pipeline.unet.modules() if isinstance(part, nn.Conv2d))
 
 
+def test_a_cpu_that_does_not_pack_a_dtype_leaves_its_decoder_as_it_is():
+    """Of Zen 2, which has no AVX-512, PyTorch packs float32 alone."""
+    decoder = vae().decoder.to(torch.float16)
+    assert bool(make_lean(decoder)) == packs_weights(torch.float16)
+    decoder = vae().decoder.to(torch.bfloat16)
+    assert bool(make_lean(decoder)) == packs_weights(torch.bfloat16)
+    given = latents(1, 8, 8).bfloat16()
+    with torch.inference_mode():
+        assert torch.allclose(decoder(given), vae().decoder.bfloat16()(given), atol=0.1)
+
+
 def test_a_pytorch_that_does_not_pack_leaves_the_decoder_as_it_is(monkeypatch):
     def changed(*_: object) -> None:
         raise RuntimeError("another number of arguments")
 
-    assert packs_weights()
+    assert packs_weights(torch.float32)
     packs_weights.cache_clear()
     monkeypatch.setattr(lean_decoder._PackedConv2d, "added", changed)
     decoder = vae().decoder

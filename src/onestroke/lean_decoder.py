@@ -28,7 +28,7 @@ def make_lean(decoder: nn.Module) -> int:
     Its weights then lie in memory twice. What is saved stays as it is; changes to the weights change nothing any more.
     In another dtype, on another device and where gradients are asked for, each part computes as it did before.
     """
-    if not packs_weights():
+    if not packs_weights(next(decoder.parameters()).dtype):
         return 0
     found = 0
     for part in list(decoder.modules()):
@@ -41,14 +41,17 @@ def make_lean(decoder: nn.Module) -> int:
 
 @cache
 @torch.no_grad()
-def packs_weights() -> bool:
-    """Whether this PyTorch does so on this machine: the operations are those of its compiler, and may change."""
+def packs_weights(dtype: torch.dtype) -> bool:
+    """Whether this PyTorch does so on this machine: the operations are those of its compiler, and may change.
+
+    A CPU with AVX2 alone packs no bfloat16.
+    """
     if platform.machine() not in MACHINES or not torch.backends.mkldnn.is_available():
         return False
-    layer = nn.utils.skip_init(nn.Conv2d, 1, 1, 1)
+    layer = nn.utils.skip_init(nn.Conv2d, 1, 1, 1, dtype=dtype)
     upsample = Upsample2D(1)
-    upsample.conv, upsample.merged = layer, torch.ones(1, 1, 4, 4)
-    picture = torch.ones(1, 1, 2, 2)
+    upsample.conv, upsample.merged = layer, torch.ones(1, 1, 4, 4, dtype=dtype)
+    picture = torch.ones(1, 1, 2, 2, dtype=dtype)
     try:
         for part, kind in ((layer, _PackedConv2d), (upsample, _PackedUpsample2D)):
             part.__class__ = kind
