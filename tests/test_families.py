@@ -34,6 +34,20 @@ def raw_output(pipeline, x_t, t, condition: Condition) -> torch.Tensor:
         return pipeline.unet(x_t, t, encoder_hidden_states=condition.text, **kwargs).sample
 
 
+def test_sdxls_words_are_the_last_but_one_states_and_the_first_encoders_last_layer_is_not_computed():
+    pipeline = tiny_sdxl()
+    model, run = from_pipeline(pipeline), []
+    for encoder in model.text_encoders:
+        layers = getattr(encoder, "text_model", encoder).encoder.layers
+        layers[-1].register_forward_hook(lambda *_, encoder=encoder: run.append(encoder))
+    condition = conditioned(model)
+    assert run == model.text_encoders[1:]
+    device = torch.device("cpu")
+    with torch.no_grad():
+        words, _, pooled, _ = pipeline.encode_prompt(PROMPTS, device=device, do_classifier_free_guidance=False)
+    assert torch.equal(condition.text, words) and torch.equal(condition.pooled, pooled)
+
+
 @BUILDERS
 def test_encode_and_decode_have_round_shapes_at_any_aspect(build):
     model = from_pipeline(build())

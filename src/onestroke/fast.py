@@ -7,16 +7,15 @@ channels_last where those are faster.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from copy import copy
 from functools import wraps
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.pipelines.stable_diffusion_xl import StableDiffusionXLPipelineOutput
-from torch import Tensor, nn
+from torch import Tensor
 
+from onestroke.families.text_layers import last_but_one
 from onestroke.lean_decoder import make_lean
 from onestroke.precision import fast_dtype
 from onestroke.upsampling import merge_upsampling
@@ -111,7 +110,7 @@ def _reading_once(encode_prompt: Callable) -> Callable:
         ids = _plain_ids(self, prompt) if not others and _is_plain(self, settings) else None
         if ids is None:
             return encode_prompt(self, prompt, *others, **settings)
-        first = _last_but_one(self.text_encoder, ids[0].to(self.text_encoder.device))
+        first = last_but_one(self.text_encoder, ids[0].to(self.text_encoder.device))
         second = self.text_encoder_2(ids[1].to(self.text_encoder_2.device), output_hidden_states=True)
         words = torch.cat([first, second.hidden_states[-2]], dim=-1)
         words = words.to(device=settings["device"], dtype=self.text_encoder_2.dtype)
@@ -121,32 +120,6 @@ def _reading_once(encode_prompt: Callable) -> Callable:
         return words, torch.zeros_like(words), pooled, torch.zeros_like(pooled)
 
     return encode
-
-
-_SHORTER: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
-
-
-def _last_but_one(encoder: nn.Module, ids: Tensor) -> Tensor:
-    """The hidden states before a CLIP text model's last layer, and nothing after them where its parts are known."""
-    if not hasattr(encoder, "encoder"):  # before transformers 5.6
-        return encoder(ids, output_hidden_states=True).hidden_states[-2]
-    return _all_but_last(encoder)(ids).last_hidden_state
-
-
-def _all_but_last(encoder: nn.Module) -> nn.Module:
-    """A CLIP text model over the same modules, without the last layer and what comes after it."""
-    if encoder not in _SHORTER:
-        shorter, layers = _over_the_same(encoder), _over_the_same(encoder.encoder)
-        layers.layers = encoder.encoder.layers[:-1]
-        shorter.encoder, shorter.final_layer_norm = layers, nn.Identity()
-        _SHORTER[encoder] = shorter
-    return _SHORTER[encoder]
-
-
-def _over_the_same(module: nn.Module) -> nn.Module:
-    other = copy(module)
-    other._modules = dict(module._modules)
-    return other
 
 
 def _is_plain(pipeline: StableDiffusionXLPipeline, settings: Mapping) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from onestroke.families.model import DiffusionModel
+from onestroke.families.text_layers import last_but_one
 from onestroke.families.tokens import token_ids
 from onestroke.types import Condition
 
@@ -16,12 +17,11 @@ name = "sdxl"
 
 def encode_prompts(model: DiffusionModel, prompts: Sequence[str]) -> Condition:
     """The encoders' last but one hidden states side by side, and the second's projected embedding."""
-    hidden, pooled = [], None
-    for tokenizer, encoder in zip(model.tokenizers, model.text_encoders, strict=True):
-        output = encoder(token_ids(tokenizer, prompts).to(encoder.device), output_hidden_states=True)
-        hidden.append(output.hidden_states[-2])
-        pooled = getattr(output, "text_embeds", None) if pooled is None else pooled
-    return Condition(torch.cat(hidden, dim=-1), pooled)
+    *others, last = zip(model.tokenizers, model.text_encoders, strict=True)
+    hidden = [last_but_one(encoder, token_ids(tokenizer, prompts).to(encoder.device)) for tokenizer, encoder in others]
+    tokenizer, encoder = last
+    output = encoder(token_ids(tokenizer, prompts).to(encoder.device), output_hidden_states=True)
+    return Condition(torch.cat([*hidden, output.hidden_states[-2]], dim=-1), output.text_embeds)
 
 
 def blank_prompts(model: DiffusionModel, like: Condition) -> Condition:
