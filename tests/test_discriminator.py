@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from onestroke.distill import discriminator as discriminator_module
 from onestroke.distill.discriminator import Discriminator, Head, SpectralConv, circular_pad
 from onestroke.distill.losses import adversarial_loss, hinge_loss, r1_features, r1_penalty
 
@@ -183,9 +184,26 @@ def test_a_convolution_and_its_gradients_are_those_of_the_divided_weight():
     x = torch.randn(2, 6, 4, 5, requires_grad=True)
     padded = circular_pad(circular_pad(x, 1, dim=-2), 1, dim=-1)
     found = []
-    for output, weight in ((ours(x), ours.weight), (theirs(padded), theirs.parametrizations.weight.original)):
+    both = (ours(x) / ours.sigma(), ours.weight), (theirs(padded), theirs.parametrizations.weight.original)
+    for output, weight in both:
         (slope,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
         found.append((output, slope, *torch.autograd.grad(slope.square().sum() + output.sin().sum(), (x, weight))))
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (2, 3), (3, 3), (4, 2)])
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (1, 9)])
+def test_a_small_maps_product_is_the_convolution(size, kernel, monkeypatch):
+    """Outputs, gradients, and R1's gradients of gradients."""
+    conv, x = SpectralConv(6, 8, kernel), torch.randn(2, 6, *size, requires_grad=True)
+    found = []
+    for most in (9, 0):
+        monkeypatch.setattr(discriminator_module, "SMALL_MAP", most)
+        output = conv(x)
+        (slope,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+        wanted = slope.square().sum() + output.sin().sum()
+        found.append((output, slope, *torch.autograd.grad(wanted, (x, conv.weight, conv.bias))))
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
 
