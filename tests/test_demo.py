@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from onestroke.build import source_of, teacher_of
 from onestroke.commands import demo
-from onestroke.config import save_recipe
+from onestroke.config import load_recipe, save_recipe
+from onestroke.embedded import embedded_student
 from onestroke.evaluate.compare import Ways
 from onestroke.evaluate.pictures import Way
+from onestroke.export import export_folder
+from onestroke.train.anchoring import seconds_an_anchor
 
 
 @pytest.mark.parametrize(
@@ -27,12 +31,14 @@ def test_a_demo_times_a_picture_by_every_way(monkeypatch):
     assert drawn == [16, 16, 16]
 
 
-def test_a_demo_with_time_has_anchors_and_one_that_goes_on_keeps_what_it_began_with(tmp_path):
-    def anchors(out, minutes: float) -> tuple[int, int]:
-        recipe = demo.demo_recipe(out, minutes=minutes, seed=3)
-        assert recipe.seed == 3
-        return recipe.anchors.count, recipe.anchors.images
+def anchors(out, minutes: float) -> tuple[int, int]:
+    recipe = demo.demo_recipe(out, minutes=minutes, seed=3)
+    assert recipe.seed == 3
+    return recipe.anchors.count, recipe.anchors.images
 
+
+def test_a_demo_with_time_has_anchors_and_one_that_goes_on_keeps_what_it_began_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "seconds_an_anchor", lambda *_: 0.05)
     assert anchors(tmp_path, 1) == (0, 0) and anchors(tmp_path, 10) == (1000, 4000)
     for folder in ("short", "long/anchoring", "longer"):
         (tmp_path / folder).mkdir(parents=True)
@@ -43,3 +49,29 @@ def test_a_demo_with_time_has_anchors_and_one_that_goes_on_keeps_what_it_began_w
         save_recipe(begun, tmp_path / folder / "recipe.yaml")
     assert anchors(tmp_path / "long", 30) == anchors(tmp_path / "longer", 30) == (1000, 4000)
     assert demo.demo_recipe(tmp_path / "long", minutes=30, seed=3) == begun
+
+
+@pytest.mark.parametrize(("seconds", "count"), [(0.1, 1000), (0.15, 600), (0.43, 200), (0.6, 0)])
+def test_a_slow_machine_draws_fewer_anchors_or_none(seconds, count, tmp_path, monkeypatch):
+    """At 0.43 seconds each, those of a fast machine took longer than the demo, and ADD never began."""
+    monkeypatch.setattr(demo, "seconds_an_anchor", lambda *_: seconds)
+    assert anchors(tmp_path, 10) == (count, 4 * count)
+
+
+def test_an_anchor_is_timed_as_it_is_drawn():
+    recipe = load_recipe("mini-long", ["anchors.steps=4"])
+    seconds = seconds_an_anchor(teacher_of(recipe), source_of(recipe.data), recipe)
+    assert 1e-4 < seconds < 10
+
+
+def test_a_demo_that_ends_before_add_begins_has_a_report(tmp_path, monkeypatch):
+    for name, value in (("FEWEST_IMAGES", 30), ("DEMO_IMAGES", 30), ("SHOWN_TEACHER_STEPS", (1,))):
+        monkeypatch.setattr(demo, name, value)
+    monkeypatch.setattr(demo, "measure_latency", lambda *_, **__: ())
+    recipe = load_recipe("mini-long", ["seed=3"])
+    student = export_folder(embedded_student(), tmp_path / "student", card="")
+    report = demo.demo_report(recipe, student, tmp_path, minutes=10, on_progress=lambda *_: None)
+    assert report.recipe.startswith("name: mini-long\nseed: 3") and report.facts["pictures seen"] == "0"
+    (grid,) = report.grids
+    assert [column.label for column in grid.columns] == ["1 step", "1 step", "2 steps", "4 steps"]
+    assert (tmp_path / "report.html").stat().st_size > 10_000

@@ -22,7 +22,7 @@ from onestroke.build import (
     whole_teacher,
     yardstick_of,
 )
-from onestroke.config import LoraRecipe, Recipe, load_recipe, recipe_from
+from onestroke.config import LoraRecipe, Recipe, load_recipe, recipe_from, recipe_text
 from onestroke.data.comicset.dataset import write_comicset as comicset
 from onestroke.data.facts import identity_of
 from onestroke.data.loader import batches
@@ -86,8 +86,8 @@ def _distil(
         recipe = load_recipe(recipe, overrides)
     elif overrides:
         recipe = recipe_from(recipe.model_dump(), overrides)
-    recipe_text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    check_same(f"{recipe_text}out: {out}")
+    text = recipe_text(recipe)
+    check_same(f"{text}out: {out}")
     teacher = teacher_of(recipe)
     source = source_of(recipe.data, seed=recipe.seed)
     size = sizes_of(recipe, source, teacher)
@@ -95,14 +95,14 @@ def _distil(
     yardstick, baseline = None, None
     if settings.evaluate_images:
         if rank() == 0:
-            check_recipe(out, recipe_text)  # the teacher draws nothing into the folder of another run
+            check_recipe(out, text)  # the teacher draws nothing into the folder of another run
             yardstick = yardstick_of(recipe, source)
         baseline = baseline_of(yardstick, teacher, recipe, out, tell=tell)
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     anchors = None
     if recipe.anchors.count:
         if rank() == 0:
-            check_recipe(out, recipe_text)
+            check_recipe(out, text)
         anchors = anchors_of(teacher, source, recipe, out / "anchors", is_late=lambda: _is_past(deadline), tell=tell)
     trainer = add_trainer(recipe, teacher, anchors=anchors)
     is_ready = anchors is not None or not recipe.anchors.count
@@ -152,7 +152,7 @@ def _distil(
         trainer,
         batches_from,
         out,
-        recipe_text=recipe_text,
+        recipe_text=text,
         pictures=pictures,
         minutes=_minutes_to(deadline),
         checkpoint_minutes=settings.checkpoint_minutes,

@@ -6,9 +6,10 @@ import re
 
 import yaml
 
-from onestroke.config import Recipe, recipe_from
+from onestroke.config import Recipe, recipe_from, recipe_text
 from onestroke.errors import RecipeError
 
+TRIES = "What was tried"  # the heading of what brought a student nearer to its aims, and what did not
 NOT_MEASURED = "Not measured yet: run `onestroke evaluate` on this folder.\n"
 _EVALUATION = re.compile(r"(?<=^## Evaluation\n\n).*?(?=^## |\Z)", re.M | re.S)
 _RECIPE = re.compile(r"^## Recipe\n+```yaml\n(.*?)^```", re.M | re.S)
@@ -19,7 +20,6 @@ def model_card(recipe: Recipe, *, images: int, sharpened: int = 0, figures: str 
 
     It was trained by ADD on `images` pictures, and then sharpened on `sharpened` prompts.
     """
-    resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
     evaluation = figures or NOT_MEASURED
     return f"""---
 library_name: diffusers
@@ -46,7 +46,7 @@ Draw with `guidance_scale=0.0` and 1, 2 or 4 steps. Image-to-image needs `int(nu
 ## Recipe
 
 ```yaml
-{resolved}```
+{recipe_text(recipe)}```
 """
 
 
@@ -81,6 +81,12 @@ def with_evaluation(card: str, section: str) -> str | None:
     if not _EVALUATION.search(card):
         return None
     return _EVALUATION.sub(lambda _: section.rstrip("\n") + "\n\n", card, count=1).rstrip("\n") + "\n"
+
+
+def section_of(card: str, heading: str) -> str:
+    """What stands under a heading of the second level, a line for each paragraph or point; "" where there is none."""
+    found = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", card, re.M | re.S)
+    return re.sub(r"(?<!\n)\n(?!\n|- ) *", " ", found[1].strip()) if found else ""
 
 
 def recipe_in(card: str) -> Recipe | None:

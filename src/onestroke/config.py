@@ -371,8 +371,12 @@ def validated(model: type[Kind], tree: Any, *, where: str) -> Kind:
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write every setting, defaults included."""
-    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), "utf-8")
+    path.write_text(recipe_text(recipe), "utf-8")
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """Every setting, defaults included, in YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
 def _copied(tree: Mapping) -> dict:

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from onestroke.api import distill
-from onestroke.build import pipeline_of
+from onestroke.build import pipeline_of, source_of, teacher_of
 from onestroke.commands.evaluate import (
     INTERVAL_NOTE,
     JUDGE_NOTE,
@@ -19,7 +19,7 @@ from onestroke.commands.evaluate_output import EvaluationDisplay, machine_facts,
 from onestroke.commands.machine import use_machine
 from onestroke.commands.progress import Display
 from onestroke.commands.quiet import quiet_libraries
-from onestroke.config import Recipe, load_recipe
+from onestroke.config import Recipe, load_recipe, recipe_text
 from onestroke.embedded import GUIDANCE, TEACHER, embedded_judge
 from onestroke.embedded.held_out import JUDGE, comic_pictures, comic_prompts, judge_observer, value_namer
 from onestroke.evaluate.collect import OnProgress
@@ -43,6 +43,7 @@ from onestroke.evaluate.plots import Chart, Series
 from onestroke.evaluate.report import Report, write_report
 from onestroke.evaluate.scored import Networks
 from onestroke.fast import make_fast
+from onestroke.train.anchoring import seconds_an_anchor
 from onestroke.train.folder import RECIPE
 from onestroke.train.tracking import read_metrics
 
@@ -51,10 +52,11 @@ FEWEST_IMAGES = 100
 SPREAD_SHARE = 10  # one prompt in so many is drawn with several seeds too
 DRAWING_SECONDS = 70.0  # what all of them may take, so that a slow machine's demo ends in its minutes plus 3
 TIMED_IMAGES = 16
-ANCHORED_MINUTES = 5.0  # of training, from which on the teacher first draws pictures for the student to begin with
-ANCHORS_A_MINUTE, SHOWINGS = 100, 4
+FEWEST_ANCHORS, ANCHORS_A_MINUTE = 200, 100  # pictures that the teacher first draws for the student to begin with
+DRAWING_SHARE = 1 / 6  # of the minutes, on a slow machine, for these to be drawn; to learn them takes about as long
+SHOWINGS = 4
 ANCHORED_IMAGES = 40_000  # more than a demo sees: its learning rate stays
-SHOWN_TEACHER_STEPS = (1, 4, 25, 50)
+SHOWN_TEACHER_STEPS, SHOWN_STUDENT_STEPS = (1, 4, 25, 50), (1, 2, 4)
 REAL = "real pictures"
 SHORT_NOTE = Note(
     "A short run",
@@ -67,6 +69,7 @@ def run_demo(out: Path, *, minutes: float, seed: int, console: Console) -> Repor
     """Distil for `minutes`, then measure; leaves the student, logs and report.html in `out`."""
     quiet_libraries()
     use_machine()
+    started = time.monotonic()
     recipe = demo_recipe(out, minutes=minutes, seed=seed)
     console.print(
         f"ADD on the embedded comic pictures for {minutes:g} minutes, seed {seed}; stop with Ctrl-C, run again "
@@ -77,7 +80,8 @@ def run_demo(out: Path, *, minutes: float, seed: int, console: Console) -> Repor
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     with Display(console, recipe.train.num_images, "distilling") as observe:
-        folder = distill(recipe, out, minutes=minutes, observe=observe, tell=tell)
+        left = minutes - (time.monotonic() - started) / 60
+        folder = distill(recipe, out, minutes=left, observe=observe, tell=tell)
     console.print("measuring student and teacher")
     started = time.monotonic()
     with EvaluationDisplay(console) as progress:
@@ -95,23 +99,30 @@ def run_demo(out: Path, *, minutes: float, seed: int, console: Console) -> Repor
 
 
 def demo_recipe(out: Path, *, minutes: float, seed: int) -> Recipe:
-    """`mini`; where there is time for anchors, `mini-long` with as many as take about a third of it on two cores.
+    """`mini`; where there is time for anchors, `mini-long` with as many as take about a third of it at most.
 
     A run that goes on in `out` keeps what it has begun with.
     """
     settings = [f"seed={seed}", "train.sample_images=0"]
     begun = next((path for path in (out / "anchoring" / RECIPE, out / RECIPE) if path.exists()), None)
-    if begun is None:
-        count = int(ANCHORS_A_MINUTE * minutes) if minutes >= ANCHORED_MINUTES else 0
-        images = SHOWINGS * count
-    else:
-        anchors = load_recipe(begun).anchors
-        count, images = anchors.count, anchors.images
-    if not count:
-        return load_recipe("mini", settings)
-    anchored = [f"anchors.count={count}", f"anchors.images={images}", f"train.num_images={ANCHORED_IMAGES}"]
-    rest = ["anchors.kept=0", "sharpen.images=0"]  # not measured in so short a run
-    return load_recipe("mini-long", [*settings, *anchored, *rest])
+    count = num_anchors(minutes, seed=seed) if begun is None else load_recipe(begun).anchors.count
+    return load_recipe("mini-long", [*settings, *_anchored(count)]) if count else load_recipe("mini", settings)
+
+
+def _anchored(count: int) -> list[str]:
+    anchored = [f"anchors.count={count}", f"anchors.images={SHOWINGS * count}", f"train.num_images={ANCHORED_IMAGES}"]
+    return [*anchored, "anchors.kept=0", "sharpen.images=0"]  # not measured in so short a run
+
+
+def num_anchors(minutes: float, *, seed: int) -> int:
+    """How many anchors this machine has time for in a demo of so many minutes; 0 where that would be too few."""
+    most = int(ANCHORS_A_MINUTE * minutes)
+    if most < FEWEST_ANCHORS:
+        return 0
+    recipe = load_recipe("mini-long", [f"seed={seed}", *_anchored(most)])
+    seconds = seconds_an_anchor(teacher_of(recipe), source_of(recipe.data, seed=seed), recipe)
+    count = min(most, int(60 * minutes * DRAWING_SHARE / seconds) // 100 * 100)
+    return count if count >= FEWEST_ANCHORS else 0
 
 
 def demo_report(recipe: Recipe, student_folder: Path, out: Path, *, minutes: float, on_progress: OnProgress) -> Report:
@@ -120,8 +131,7 @@ def demo_report(recipe: Recipe, student_folder: Path, out: Path, *, minutes: flo
     On 1,000 pictures of each set, or as many as can be drawn in `DRAWING_SECONDS`; latency then of single pictures.
     """
     student, teacher = make_fast(pipeline_of(str(student_folder))), make_fast(pipeline_of(TEACHER))
-    steps = {"guidance": GUIDANCE, "student_steps": (1, 4)}
-    ways = pipelines_to_ways(student, teacher, teacher_steps=(1,), **steps)
+    ways = pipelines_to_ways(student, teacher, guidance=GUIDANCE, student_steps=(1, 4), teacher_steps=(1,))
     count = images_within(DRAWING_SECONDS, seconds_a_picture(ways))
     task = Task(
         ways,
@@ -146,7 +156,9 @@ def demo_report(recipe: Recipe, student_folder: Path, out: Path, *, minutes: flo
         summary=f"{minutes:g} minutes of Adversarial Diffusion Distillation ({images:,} pictures) on this machine, "
         "from the teacher's weights on.",
     )
-    shown = pipelines_to_ways(student, teacher, teacher_steps=SHOWN_TEACHER_STEPS, **steps)
+    shown = pipelines_to_ways(
+        student, teacher, guidance=GUIDANCE, student_steps=SHOWN_STUDENT_STEPS, teacher_steps=SHOWN_TEACHER_STEPS
+    )
     grid = compare_grid(shown, SHOWN_PROMPTS, out / "cache")
     timer = PartTimer()
     batch_sizes = (1, 16) if count == DEMO_IMAGES else (1,)  # 50 steps of 16 pictures take a slow machine a minute
@@ -156,7 +168,7 @@ def demo_report(recipe: Recipe, student_folder: Path, out: Path, *, minutes: flo
     report = replace(
         report,
         facts=machine_facts() | facts,
-        recipe=(out / "recipe.yaml").read_text("utf-8"),
+        recipe=recipe_text(recipe),
         grids=(grid,),
         latency=latency,
         charts=_charts(rows),

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from onestroke.config import Recipe
+from onestroke.config import Recipe, recipe_text
 from onestroke.data.plan import picture_at
 from onestroke.data.source import Source
 from onestroke.distill.add import STUDENT
@@ -36,6 +36,7 @@ from onestroke.types import Batch, Condition
 
 SHARD_PICTURES = 500
 DRAWN_AT_ONCE = 25
+TIMED_ANCHORS = 16
 
 
 def anchors_of(
@@ -73,7 +74,7 @@ def anchors_of(
         for i in todo[rank() :: num_ranks()]:
             if is_late():
                 break
-            drawn = draw([captions[row] for row in parts[i]], torch.tensor(parts[i]))
+            drawn = draw([captions[row] for row in parts[i]], torch.tensor(parts[i]), DRAWN_AT_ONCE)
             write_tensors(paths[i], drawn._asdict(), {"onestroke": pages[i]}, what="the anchors")
             tell(f"the teacher's pictures: {parts[i][-1] + 1}/{count}")
         teacher.unet.to(home)
@@ -82,6 +83,17 @@ def anchors_of(
         return None
     shards = [_read(path, page) for path, page in zip(paths, pages, strict=True)]
     return Anchors(shards, captions, recipe.seed, _size(recipe))
+
+
+def seconds_an_anchor(teacher: DiffusionModel, source: Source, recipe: Recipe) -> float:
+    """How long the teacher takes on this machine for each anchor of many; some are drawn, and dropped."""
+    draw = _drawing(teacher, _first_student(teacher, recipe), recipe)
+    captions = [source.caption(i) for i in range(TIMED_ANCHORS)]
+    rows, at_once = torch.arange(TIMED_ANCHORS), TIMED_ANCHORS // max(1, torch.get_num_threads())
+    draw(captions[:2], rows[:2], 1)
+    started = time.monotonic()
+    draw(captions, rows, max(1, at_once))
+    return (time.monotonic() - started) / TIMED_ANCHORS
 
 
 def _first_student(teacher: DiffusionModel, recipe: Recipe) -> Denoiser | None:
@@ -113,8 +125,8 @@ def _guidance(recipe: Recipe) -> float:
 
 def _drawing(
     teacher: DiffusionModel, student: Denoiser | None, recipe: Recipe
-) -> Callable[[Sequence[str], Tensor], Drawn]:
-    """From captions and anchors' numbers to anchors; on a CPU each core draws some."""
+) -> Callable[[Sequence[str], Tensor, int], Drawn]:
+    """From captions, anchors' numbers and how many are drawn at once, to anchors; on a CPU each core draws some."""
     size = _size(recipe)
     shape = (teacher.unet.config.in_channels, *(length // teacher.vae_scale_factor for length in size))
     device, denoiser = teacher.device, teacher.denoiser()
@@ -145,10 +157,10 @@ def _drawing(
                 own=own.to(device),
             )
 
-    def draw(captions: Sequence[str], rows: Tensor) -> Drawn:
-        firsts = range(0, len(captions), DRAWN_AT_ONCE)
-        words = (read(captions[first : first + DRAWN_AT_ONCE]) for first in firsts)
-        groups = zip(words, rows.split(DRAWN_AT_ONCE), strict=True)
+    def draw(captions: Sequence[str], rows: Tensor, at_once: int) -> Drawn:
+        firsts = range(0, len(captions), at_once)
+        words = (read(captions[first : first + at_once]) for first in firsts)
+        groups = zip(words, rows.split(at_once), strict=True)
         threads = torch.get_num_threads()
         if threads > 1 and may_be_shared(teacher.unet):
             parts = mapped(draw_some, groups, threads)
@@ -196,12 +208,11 @@ def learn_anchors(
     )
     settings = replace(trainer.settings, num_images=images, shows_speed=False)
     first = Trainer(alone, settings)
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
     finished = run_training(
         first,
         lambda slot: anchor_batches(anchors, slot, images, settings.batch_size),
         out / "anchoring",
-        recipe_text=text,
+        recipe_text=recipe_text(recipe),
         minutes=minutes,
         observe=Teller("anchors", "anchor", images, tell),
     )
