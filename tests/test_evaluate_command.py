@@ -20,7 +20,7 @@ from onestroke.commands import evaluate
 from onestroke.config import recipe_from
 from onestroke.errors import RecipeError
 from onestroke.evaluate.catalog import MEASURES, QUESTIONS
-from onestroke.evaluate.compare import Ways, compare_grid, find, report_of
+from onestroke.evaluate.compare import Looking, Ways, compare_grid, find, report_of
 from onestroke.evaluate.features import STYLE
 from onestroke.evaluate.findings import Measured, Missing
 from onestroke.evaluate.gate import judge_gate, parse_gate
@@ -139,7 +139,8 @@ def evaluated(folders, out, monkeypatch, capsys, *options: str) -> tuple[int, st
 
 
 def test_evaluate_writes_the_report_and_the_card_and_exits_by_the_gate(folders, tmp_path, monkeypatch, capsys):
-    data = ("--data", str(folders / "pictures"))
+    data, card = ("--data", str(folders / "pictures")), folders / "student" / "README.md"
+    card.write_text(card.read_text("utf-8") + "\n## What was tried\n\n- This,\n  in vain.\n- And that.\n", "utf-8")
     status, said, _ = evaluated(
         folders, tmp_path, monkeypatch, capsys, *data, "--gate", "kd_teacher@1<=-1e9, failed<=0"
     )
@@ -152,8 +153,10 @@ def test_evaluate_writes_the_report_and_the_card_and_exits_by_the_gate(folders, 
     lite = [m for m in report["measures"] if m["network"] == "efficientnet-lite0"]
     assert {m["count"] for m in lite if m["key"] == "fd"} == {22} and all(m["low"] is not None for m in lite)
     assert "Trained against" in {note["heading"] for note in report["notes"]}
+    assert {"heading": "What was tried", "text": "- This, in vain.\n- And that."} in report["notes"]
+    assert "<h3>What was tried</h3>" in (tmp_path / "report.html").read_text("utf-8")
     assert {one["name"] for one in report["missing"]} >= {"hpsv2"}
-    card = (folders / "student" / "README.md").read_text("utf-8")
+    card = card.read_text("utf-8")
     assert "Not measured yet" not in card and "Saturation, times the teacher's (n = 22)" in card
     assert recipe_in(card).name == "tiny"
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -203,6 +206,12 @@ def test_the_cards_evaluation_is_replaced_and_another_card_is_left_alone():
     assert recipe_in(once) == recipe_in(card) == recipe_from({"name": "mine"})
     assert with_evaluation("# Somebody's model\n", "x") is None and recipe_in("# Somebody's model\n") is None
     assert recipe_in("## Recipe\n\n```yaml\nno_such_key: 1\n```\n") is None
+
+
+def test_short_of_its_aims_the_packaged_students_report_says_what_was_tried():
+    notes = evaluate.notes_of(evaluate.Request(), None, Looking((), (), Networks({}), {}))
+    (tried,) = (note for note in notes if note.heading == "What was tried")
+    assert "10 times the 50-step teacher's" in tried.text and tried.text.count("\n- ") > 5
 
 
 def test_the_cards_section_leaves_out_what_was_trained_against_and_says_so():

@@ -13,9 +13,9 @@ from rich.console import Console
 
 from onestroke.api import load
 from onestroke.build import device_of
-from onestroke.card import with_evaluation
+from onestroke.card import TRIES, section_of, with_evaluation
 from onestroke.commands.evaluate_output import EvaluationDisplay, machine_facts, print_report
-from onestroke.commands.evaluate_request import COMICSET, Request, command_of, completed, student_recipe
+from onestroke.commands.evaluate_request import COMICSET, Request, card_text, command_of, completed, student_recipe
 from onestroke.commands.machine import use_machine
 from onestroke.commands.quiet import quiet_libraries
 from onestroke.config import Recipe
@@ -253,7 +253,9 @@ def facts_of(request: Request, models: Models, count: int) -> dict[str, str]:
 def notes_of(request: Request, recipe: Recipe | None, looking: Looking) -> tuple[Note, ...]:
     seen = SEEN_NOTE if looking.networks.trained_against else None if recipe else UNKNOWN_NOTE
     judge = JUDGE_NOTE if request.data == COMICSET else None
-    return tuple(note for note in (judge, INTERVAL_NOTE, seen) if note is not None)
+    told = section_of(card_text(request.student), TRIES)
+    tries = Note(TRIES, told) if told else None
+    return tuple(note for note in (judge, INTERVAL_NOTE, seen, tries) if note is not None)
 
 
 def write_all(report: Report, request: Request, looking: Looking, *, console: Console) -> None:

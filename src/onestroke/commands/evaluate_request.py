@@ -39,17 +39,26 @@ class Request:
     cache: Path | None = None
 
 
+def card_text(student: str) -> str:
+    """A student's model card; "" where it has none."""
+    card = _folder(student) / "README.md"
+    return card.read_text("utf-8") if card.is_file() else ""
+
+
 def student_recipe(student: str) -> Recipe | None:
     """The recipe that a student was distilled by: in its model card, or beside the folder."""
-    folder = weights_folder() / "student" if student == STUDENT else Path(student)
-    card, beside = folder / "README.md", folder.parent / "recipe.yaml"
-    recipe = recipe_in(card.read_text("utf-8")) if card.is_file() else None
+    recipe, folder = recipe_in(card_text(student)), _folder(student)
+    beside = folder.parent / "recipe.yaml"
     if recipe is None and folder.is_dir() and beside.is_file() and student != STUDENT:
         try:
             recipe = load_recipe(beside)
         except RecipeError:
             return None
     return recipe
+
+
+def _folder(student: str) -> Path:
+    return weights_folder() / "student" if student == STUDENT else Path(student)
 
 
 def completed(request: Request, recipe: Recipe | None) -> Request:
