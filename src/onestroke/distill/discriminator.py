@@ -108,9 +108,9 @@ class Head(nn.Module):
     GroupNorms: a picture's logits depend on no other picture.
     `logit = <out, FC(c)> / sqrt(64)` at each position; FC's bias is what an unconditional head projects on.
 
-    Two steps are taken in another order than said, for the same numbers in a third of the time on small maps: a norm
-    follows on a convolution times its sigma, not divided by it; and a picture has one condition, so that the last
-    convolution's transpose is applied to that, not the convolution to each position.
+    Two steps are taken in another order than said, for the same numbers from fewer operations: a norm follows on a
+    convolution times its sigma, not divided by it; and a picture has one condition, so that the last convolution's
+    transpose is applied to that, not the convolution to each position.
     """
 
     def __init__(self, width: int, *, is_spatial: bool, condition_dim: int, normalise_input: bool) -> None:
