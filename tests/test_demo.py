@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from onestroke.build import source_of, teacher_of
 from onestroke.commands import demo
@@ -11,7 +12,7 @@ from onestroke.embedded import embedded_student
 from onestroke.evaluate.compare import Ways
 from onestroke.evaluate.pictures import Way
 from onestroke.export import export_folder
-from onestroke.train.anchoring import seconds_an_anchor
+from onestroke.train import anchoring
 
 
 @pytest.mark.parametrize(
@@ -58,10 +59,25 @@ def test_a_slow_machine_draws_fewer_anchors_or_none(seconds, count, tmp_path, mo
     assert anchors(tmp_path, 10) == (count, 4 * count)
 
 
-def test_an_anchor_is_timed_as_it_is_drawn():
+def test_anchors_are_timed_as_they_are_drawn_by_every_core_and_after_a_first_that_does_not_count(monkeypatch):
+    clock, calls = [0.0], []
+    drawing = anchoring._drawing
+
+    def slow(*networks):
+        draw = drawing(*networks)
+
+        def timed(captions, rows, at_once):
+            calls.append((len(captions), len(rows), at_once))
+            clock[0] += 100.0 if len(calls) == 1 else 8.0
+            return draw(captions, rows, at_once)
+
+        return timed
+
+    monkeypatch.setattr(anchoring, "_drawing", slow)
+    monkeypatch.setattr(anchoring.time, "monotonic", lambda: clock[0])
     recipe = load_recipe("mini-long", ["anchors.steps=4"])
-    seconds = seconds_an_anchor(teacher_of(recipe), source_of(recipe.data), recipe)
-    assert 1e-4 < seconds < 10
+    assert anchoring.seconds_an_anchor(teacher_of(recipe), source_of(recipe.data), recipe) == 0.5
+    assert calls == [(2, 2, 1), (16, 16, max(1, 16 // torch.get_num_threads()))]
 
 
 def test_a_demo_that_ends_before_add_begins_has_a_report(tmp_path, monkeypatch):
