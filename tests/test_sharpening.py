@@ -111,6 +111,21 @@ def test_looking_ahead_is_ddim_to_the_second_timestep_and_its_prediction():
     torch.testing.assert_close(alone.asked(batch).target[:2], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_gain_is_of_the_first_latents_and_of_what_later_ones_begin_from(ahead):
+    batch = some_prompts(2)
+    plain, scaled = (sharpening(ahead=ahead, gain=gain) for gain in (1.0, 0.9))
+    was, now = plain.asked(batch), scaled.asked(batch)
+    torch.testing.assert_close(now.target[:2], 0.9 * was.target[:2])
+    torch.testing.assert_close(now.x_s[:2], was.x_s[:2])
+    with torch.no_grad():
+        x0 = 0.9 * plain.before(was.x_s[:2], was.s[:2], was.condition[slice(0, 2)])
+        later = plain.model.schedule.add_noise(x0, noise(1, batch.slots), was.s[2:4])
+        expected = plain.before(later, was.s[2:4], was.condition[slice(2, 4)])
+    torch.testing.assert_close(now.x_s[2:4], later)
+    torch.testing.assert_close(now.target[2:4], expected)  # as the student will go on, and no gain of its own
+
+
 def test_some_prompts_alone_go_on_to_the_later_timesteps():
     alone, batch = sharpening(later_every=3), some_prompts(5)
     asked, every = alone.asked(batch), sharpening().asked(batch)
@@ -271,6 +286,7 @@ def test_what_cannot_be_is_refused():
         tiny_recipe("sharpen.images=8", "student.lora.rank=2")
     with pytest.raises(RecipeError, match="the student would learn what it draws already"):
         tiny_recipe("sharpen.images=8", "sharpen.amount=0")
+    assert tiny_recipe("sharpen.images=8", "sharpen.amount=0", "sharpen.gain=0.9").sharpen.gain == 0.9
     with pytest.raises(RecipeError, match="sharpen.ahead needs a second timestep"):
         tiny_recipe("sharpen.images=8", "sharpen.ahead=true", "student.num_timesteps=1")
     assert tiny_recipe("sharpen.images=0", "sharpen.ahead=true", "student.num_timesteps=1").sharpen.ahead

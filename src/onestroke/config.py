@@ -170,6 +170,8 @@ class SharpenRecipe(Section):
     amount: float = Field(1.6, ge=0)  # of what the blur takes from a picture, added to it; a student learns less
     later_amount: float | None = Field(None, ge=0)  # the same, of the pictures at the later timesteps; None: as much
     radius: float = Field(1.0, gt=0, le=16)  # of the Gaussian blur, its standard deviation in pixels
+    gain: float = Field(1.0, gt=0, le=2)  # of the latents of the first prediction, which the mask is then laid over;
+    # below 1: what was exaggerated is taken back
     ahead: bool = False  # the first prediction learns what the second one, under the same noise, makes of it
     perceptual: float = Field(0.0, ge=0)  # of the distance between features of the first prediction's pictures, beside
     # that between pixels
@@ -187,8 +189,8 @@ class SharpenRecipe(Section):
 
     @model_validator(mode="after")
     def _something_to_learn(self):
-        if self.images and not (any(self.amounts) or self.ahead):
-            raise ValueError("without an amount, and not ahead, the student would learn what it draws already")
+        if self.images and not (any(self.amounts) or self.ahead or self.gain != 1):
+            raise ValueError("without amount or gain, and not ahead, the student would learn what it draws already")
         return self
 
 

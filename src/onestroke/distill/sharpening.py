@@ -8,6 +8,8 @@ together pixel by pixel, so that a plain mean absolute error does not blur, and 
 
 At pure noise the student can also look ahead: what it makes of its first picture under the same noise is better, keeps
 to the words, and lies near enough to be learnt. Neither asks a teacher for anything: no prompt has to come twice.
+
+What round upon round of masks exaggerates, the latents themselves, a gain below 1 takes back.
 """
 
 from __future__ import annotations
@@ -122,7 +124,7 @@ class Sharpening:
 
         With `recipe.ahead` the first target is what the second timestep makes of the picture without new noise: DDIM's
         step (arXiv 2010.02502, eq. 12, sigma = 0), as a student learns two of its teacher's in progressive distillation
-        (arXiv 2202.00512).
+        (arXiv 2202.00512). `recipe.gain` is of the first target, and of the picture that later timesteps begin from.
         """
         model, size = self.model, batch.picture_size
         condition = model.full_size(model.encode_prompts(batch.captions), size)
@@ -139,9 +141,11 @@ class Sharpening:
             eps = normal(shape, self.seed, STREAM.format(place), batch.slots[rows.cpu()]).to(x0)
             x_s = model.schedule.student_input(x0, eps, s)
             x0 = target = self.before(x_s, s, condition).to(x0)
-            if place == 0 and self.recipe.ahead:
-                second = torch.full_like(s, self.timesteps[1])
-                target = self.before(model.schedule.add_noise(x0, eps, second), second, condition).to(x0)
+            if place == 0:
+                if self.recipe.ahead:
+                    second = torch.full_like(s, self.timesteps[1])
+                    target = self.before(model.schedule.add_noise(x0, eps, second), second, condition).to(x0)
+                x0, target = self.recipe.gain * x0, self.recipe.gain * target
             parts.append(Asked(x_s, s, target, condition))
         x_s, s, target, conditions = zip(*parts, strict=True)
         return Asked(torch.cat(x_s), torch.cat(s), torch.cat(target), reduce(joined, conditions))
