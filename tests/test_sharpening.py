@@ -16,6 +16,7 @@ from tiny_runs import tiny_add, tiny_dinov2, tiny_features, tiny_recipe, write_f
 
 from onestroke import build
 from onestroke.api import distill
+from onestroke.card import model_card
 from onestroke.config import DecodeRecipe, Recipe, SharpenRecipe, recipe_from
 from onestroke.distill.add import STUDENT
 from onestroke.distill.decoding import Decoder
@@ -286,7 +287,9 @@ def test_what_cannot_be_is_refused():
         tiny_recipe("sharpen.images=8", "student.lora.rank=2")
     with pytest.raises(RecipeError, match="the student would learn what it draws already"):
         tiny_recipe("sharpen.images=8", "sharpen.amount=0")
-    assert tiny_recipe("sharpen.images=8", "sharpen.amount=0", "sharpen.gain=0.9").sharpen.gain == 0.9
+    scaled = tiny_recipe("sharpen.images=8", "sharpen.amount=0", "sharpen.gain=0.9")
+    said = "On 8 prompts it then learnt to draw 0.9 times its latents in its first step from its own pictures."
+    assert said in model_card(scaled, images=12, sharpened=8)
     with pytest.raises(RecipeError, match="sharpen.ahead needs a second timestep"):
         tiny_recipe("sharpen.images=8", "sharpen.ahead=true", "student.num_timesteps=1")
     assert tiny_recipe("sharpen.images=0", "sharpen.ahead=true", "student.num_timesteps=1").sharpen.ahead
