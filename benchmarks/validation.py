@@ -4,24 +4,27 @@
     python benchmarks/validation.py --model runs/embedded/student --steps 1 2 4 --scales 0
     python benchmarks/validation.py --model embedded --steps 4 --scales 0 --sharpen 0 60     # is it soft lines?
     python benchmarks/validation.py --model embedded --steps 1 --scales 0 --gains 1 0.95     # are latents exaggerated?
+    python benchmarks/validation.py --model embedded --steps 1 --scales 0 --text-gains 1 1.2 # are words left out?
 
 Prints, for each sampler, number of steps and guidance scale, the Fréchet distance to real validation pictures and the
 prompt adherence, both by the judge, the latter also by attribute. The scale that it finds best for the teacher belongs
 into `onestroke.embedded.GUIDANCE`; held-out pictures play no part. `--sharpen PERCENT` puts an unsharp mask over what
 is looked at, and over other real pictures and what the VAE leaves of them, whose distances it prints too: what a mask
 mends in drawn pictures and in no others is the softness of their lines. `--gains` multiplies the latents that are
-decoded: what `sharpen.gain` of a recipe should be.
+decoded: what `sharpen.gain` of a recipe should be; `--text-gains` what sets the text apart from an empty prompt's, as
+`sharpen.text_gain` does.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import numpy as np
+import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from PIL import Image, ImageFilter
 
@@ -68,6 +71,17 @@ class Sharpened:
             yield row, picture
 
 
+def reading_more(encode_prompt: Callable, gain: float) -> Callable:
+    """An SDXL pipeline's `encode_prompt`, its embeddings `gain` times as far from those of an empty prompt."""
+
+    def encode(*, prompt: list[str], **settings):
+        words, no_words, pooled, none_pooled = encode_prompt(prompt=prompt, **settings)
+        empty, _, empty_pooled, _ = encode_prompt(prompt=[""], **settings)
+        return torch.lerp(empty, words, gain), no_words, torch.lerp(empty_pooled, pooled, gain), none_pooled
+
+    return encode
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="embedded-teacher", help="a folder, or an embedded model's name")
@@ -77,12 +91,13 @@ def main() -> None:
     parser.add_argument("--samplers", nargs="+", default=["own"], choices=["own", *SAMPLERS])
     parser.add_argument("--sharpen", type=int, nargs="+", default=[], help="percent; 0 leaves a picture as it is")
     parser.add_argument("--gains", type=float, nargs="+", default=[1.0], help="of the latents that are decoded")
+    parser.add_argument("--text-gains", type=float, nargs="+", default=[1.0], help="of the prompts' embeddings")
     parser.add_argument("--cache", type=Path, default=Path("runs/validation"))
     options = parser.parse_args()
     quiet_libraries()
     use_machine()
     judge, pipeline = embedded_judge(), make_fast(load(options.model))
-    own, scaling = pipeline.scheduler, pipeline.vae.config.scaling_factor
+    own, scaling, encode_prompt = pipeline.scheduler, pipeline.vae.config.scaling_factor, pipeline.encode_prompt
     prompts = comic_prompts(options.num_images, split="validation")
     real = comic_pictures(options.num_images, odd=True, label="real", split="validation")
     reference = judged(judge, real, options.cache).parts[JUDGE]
@@ -96,20 +111,24 @@ def main() -> None:
         for pictures in (others, ReconstructedSet(others, pipeline)):
             distance = frechet_distance(seen_in(pictures, percent), reference)
             print(f"{pictures.label}, sharpened {percent}%: distance {distance:8.3f}", flush=True)
-    for sampler, steps, scale, gain in product(options.samplers, options.steps, options.scales, options.gains):
+    asked = (options.samplers, options.steps, options.scales, options.gains, options.text_gains)
+    for sampler, steps, scale, gain, text_gain in product(*asked):
         pipeline.scheduler = own
         if sampler != "own":
             kind, settings = SAMPLERS[sampler]
             pipeline.scheduler = kind.from_config(own.config, **settings)
         pipeline.vae.register_to_config(scaling_factor=scaling / gain)
+        pipeline.encode_prompt = encode_prompt if text_gain == 1 else reading_more(encode_prompt, text_gain)
         way = ways_of(pipeline, [steps], guidance=scale)[steps]
-        way = way if gain == 1 else replace(way, key=f"{way.key} gain {gain:g}")
+        gains = {"gain": gain, "text gain": text_gain}
+        altered = "".join(f", {name} {value:g}" for name, value in gains.items() if value != 1)
+        way = replace(way, key=f"{way.key}{altered.replace(',', '')}")
         drawn = DrawnSet("drawn", "model", way, orders, PictureCache(options.cache))
         for percent in options.sharpen or [0]:
             seen = seen_in(drawn, percent)
             score = adherence(prompts.named, name_values(seen))
             print(
-                f"{sampler:5} {steps:3} steps, guidance {scale:4.1f}{f', gain {gain:g}' if gain != 1 else ''}"
+                f"{sampler:5} {steps:3} steps, guidance {scale:4.1f}{altered}"
                 f"{f', sharpened {percent}%' if percent else ''}  "
                 f"distance {frechet_distance(seen, reference):8.3f}  adherence {score.value:.3f}",
                 flush=True,

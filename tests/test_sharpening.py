@@ -29,7 +29,7 @@ from onestroke.schedule import beta_settings
 from onestroke.train.checkpoint import load_newest
 from onestroke.train.method import OptimizerSettings
 from onestroke.train.trainer import Trainer, TrainSettings
-from onestroke.types import Batch
+from onestroke.types import Batch, Condition
 
 
 def test_the_mask_by_hand():
@@ -125,6 +125,29 @@ def test_the_gain_is_of_the_first_latents_and_of_what_later_ones_begin_from(ahea
         expected = plain.before(later, was.s[2:4], was.condition[slice(2, 4)])
     torch.testing.assert_close(now.x_s[2:4], later)
     torch.testing.assert_close(now.target[2:4], expected)  # as the student will go on, and no gain of its own
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_first_target_is_drawn_with_more_of_the_words(ahead):
+    """What sets text apart from that of an empty prompt, 1.5 times; the student itself is told the plain words."""
+    batch = some_prompts(2)
+    alone, plain = sharpening(ahead=ahead, text_gain=1.5, gain=0.9), sharpening(ahead=ahead)
+    model, asked = alone.model, alone.asked(batch)
+    words = model.full_size(model.encode_prompts(batch.captions), (16, 16))
+    empty = model.encode_prompts([""])
+    more = Condition(empty.text + 1.5 * (words.text - empty.text), empty.pooled + 1.5 * (words.pooled - empty.pooled),
+                     words.time_ids)  # fmt: skip
+    eps, first, second = noise(0, batch.slots), torch.full((2,), 999), torch.full((2,), 749)
+    with torch.no_grad():
+        x0 = alone.before(eps, first, more)
+        ahead_of_it = alone.before(model.schedule.add_noise(x0, eps, second), second, more)
+        later = model.schedule.add_noise(0.9 * x0, noise(1, batch.slots), second)
+        expected = alone.before(later, second, words)
+    torch.testing.assert_close(asked.target[:2], 0.9 * (ahead_of_it if ahead else x0))
+    torch.testing.assert_close(asked.target[2:4], expected)
+    torch.testing.assert_close(asked.condition.text, words.text.repeat(4, 1, 1))
+    torch.testing.assert_close(asked.condition.pooled, words.pooled.repeat(4, 1))
+    assert not torch.allclose(asked.target[:2], 0.9 * plain.asked(batch).target[:2])
 
 
 def test_some_prompts_alone_go_on_to_the_later_timesteps():
@@ -290,6 +313,9 @@ def test_what_cannot_be_is_refused():
     scaled = tiny_recipe("sharpen.images=8", "sharpen.amount=0", "sharpen.gain=0.9")
     said = "On 8 prompts it then learnt to draw 0.9 times its latents in its first step from its own pictures."
     assert said in model_card(scaled, images=12, sharpened=8)
+    worded = tiny_recipe("sharpen.images=8", "sharpen.amount=0", "sharpen.text_gain=1.2")
+    said = "On 8 prompts it then learnt to draw in its first step what it makes of 1.2 times the words from its own"
+    assert said in model_card(worded, images=12, sharpened=8)
     with pytest.raises(RecipeError, match="sharpen.ahead needs a second timestep"):
         tiny_recipe("sharpen.images=8", "sharpen.ahead=true", "student.num_timesteps=1")
     assert tiny_recipe("sharpen.images=0", "sharpen.ahead=true", "student.num_timesteps=1").sharpen.ahead

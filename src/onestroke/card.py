@@ -73,6 +73,8 @@ def _after(recipe: Recipe, sharpened: int) -> str:
         learnt.append(f"to draw as under an unsharp mask ({amounts}, radius {settings.radius:g} pixels)")
     if settings.gain != 1:
         learnt.append(f"to draw {settings.gain:g} times its latents in its first step")
+    if settings.text_gain != 1:
+        learnt.append(f"to draw in its first step what it makes of {settings.text_gain:g} times the words")
     if settings.ahead:
         learnt.append("to draw in its first step what a second one made of it")
     return f" On {sharpened:,} prompts it then learnt {' and '.join(learnt)} from its own pictures."

@@ -172,6 +172,8 @@ class SharpenRecipe(Section):
     radius: float = Field(1.0, gt=0, le=16)  # of the Gaussian blur, its standard deviation in pixels
     gain: float = Field(1.0, gt=0, le=2)  # of the latents of the first prediction, which the mask is then laid over;
     # below 1: what was exaggerated is taken back
+    text_gain: float = Field(1.0, gt=0, le=4)  # of what sets a caption's embeddings, which the first target is drawn
+    # with, apart from those of no words; above 1: the student is to keep to the words more than it does
     ahead: bool = False  # the first prediction learns what the second one, under the same noise, makes of it
     perceptual: float = Field(0.0, ge=0)  # of the distance between features of the first prediction's pictures, beside
     # that between pixels
@@ -189,7 +191,7 @@ class SharpenRecipe(Section):
 
     @model_validator(mode="after")
     def _something_to_learn(self):
-        if self.images and not (any(self.amounts) or self.ahead or self.gain != 1):
+        if self.images and not (any(self.amounts) or self.ahead or (self.gain, self.text_gain) != (1, 1)):
             raise ValueError("without amount or gain, and not ahead, the student would learn what it draws already")
         return self
 

@@ -9,12 +9,14 @@ together pixel by pixel, so that a plain mean absolute error does not blur, and 
 At pure noise the student can also look ahead: what it makes of its first picture under the same noise is better, keeps
 to the words, and lies near enough to be learnt. Neither asks a teacher for anything: no prompt has to come twice.
 
-What round upon round of masks exaggerates, the latents themselves, a gain below 1 takes back.
+What round upon round of masks exaggerates, the latents themselves, a gain below 1 takes back. A gain above 1 of the
+words has the student draw more of them: what leads from no words to a caption is followed a little further.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import reduce
 from typing import NamedTuple
 
@@ -124,7 +126,8 @@ class Sharpening:
 
         With `recipe.ahead` the first target is what the second timestep makes of the picture without new noise: DDIM's
         step (arXiv 2010.02502, eq. 12, sigma = 0), as a student learns two of its teacher's in progressive distillation
-        (arXiv 2202.00512). `recipe.gain` is of the first target, and of the picture that later timesteps begin from.
+        (arXiv 2202.00512). `recipe.text_gain` is of the words that the first target is drawn with (see `emphasized`),
+        and `recipe.gain` of that target; later timesteps begin from what the student is to draw, with plain words.
         """
         model, size = self.model, batch.picture_size
         condition = model.full_size(model.encode_prompts(batch.captions), size)
@@ -140,15 +143,31 @@ class Sharpening:
             s = torch.full((len(rows),), timestep, device=model.device)
             eps = normal(shape, self.seed, STREAM.format(place), batch.slots[rows.cpu()]).to(x0)
             x_s = model.schedule.student_input(x0, eps, s)
-            x0 = target = self.before(x_s, s, condition).to(x0)
+            words = condition if place else self.emphasized(condition)
+            x0 = target = self.before(x_s, s, words).to(x0)
             if place == 0:
                 if self.recipe.ahead:
                     second = torch.full_like(s, self.timesteps[1])
-                    target = self.before(model.schedule.add_noise(x0, eps, second), second, condition).to(x0)
+                    target = self.before(model.schedule.add_noise(x0, eps, second), second, words).to(x0)
                 x0, target = self.recipe.gain * x0, self.recipe.gain * target
             parts.append(Asked(x_s, s, target, condition))
         x_s, s, target, conditions = zip(*parts, strict=True)
         return Asked(torch.cat(x_s), torch.cat(s), torch.cat(target), reduce(joined, conditions))
+
+    def emphasized(self, condition: Condition) -> Condition:
+        """`condition`, its text `recipe.text_gain` times as far from that of an empty prompt, token by token.
+
+        Classifier-free guidance's extrapolation (arXiv 2207.12598, eq. 6) of what the UNet is told, not of what it
+        predicts: one call suffices, and a student that was never shown blank prompts follows.
+        """
+        if self.recipe.text_gain == 1:
+            return condition
+        empty = self.model.encode_prompts([""])
+        text = torch.lerp(empty.text.to(condition.text), condition.text, self.recipe.text_gain)
+        if condition.pooled is None:
+            return replace(condition, text=text)
+        pooled = torch.lerp(empty.pooled.to(condition.pooled), condition.pooled, self.recipe.text_gain)
+        return replace(condition, text=text, pooled=pooled)
 
     def loss(self, player: str, rollout: Compared) -> Loss:
         """Both terms are means over the predictions that so many prompts have on average."""
