@@ -148,6 +148,9 @@ def test_the_first_target_is_drawn_with_more_of_the_words(ahead):
     torch.testing.assert_close(asked.condition.text, words.text.repeat(4, 1, 1))
     torch.testing.assert_close(asked.condition.pooled, words.pooled.repeat(4, 1))
     assert not torch.allclose(asked.target[:2], 0.9 * plain.asked(batch).target[:2])
+    without_pooled = alone.emphasized(Condition(words.text))  # as SD 1.x and 2.x have it
+    torch.testing.assert_close(without_pooled.text, more.text)
+    assert without_pooled.pooled is None and without_pooled.time_ids is None
 
 
 def test_some_prompts_alone_go_on_to_the_later_timesteps():
