@@ -52,7 +52,8 @@ FEWEST_IMAGES = 100
 SPREAD_SHARE = 10  # one prompt in so many is drawn with several seeds too
 DRAWING_SECONDS = 70.0  # what all of them may take, so that a slow machine's demo ends in its minutes plus 3
 TIMED_IMAGES = 16
-FEWEST_ANCHORS, ANCHORS_A_MINUTE = 200, 100  # pictures that the teacher first draws for the student to begin with
+SHORTEST_ANCHORED = 2.0  # minutes
+FEWEST_ANCHORS, ANCHORS_A_MINUTE = 100, 100  # pictures that the teacher first draws for the student to begin with
 DRAWING_SHARE = 1 / 6  # of the minutes, on a slow machine, for these to be drawn; to learn them takes about as long
 SHOWINGS = 4
 ANCHORED_IMAGES = 40_000  # more than a demo sees: its learning rate stays
@@ -115,13 +116,13 @@ def _anchored(count: int) -> list[str]:
 
 
 def num_anchors(minutes: float, *, seed: int) -> int:
-    """How many anchors this machine has time for in a demo of so many minutes; 0 where that would be too few."""
-    most = int(ANCHORS_A_MINUTE * minutes)
-    if most < FEWEST_ANCHORS:
+    """How many anchors this machine has time for in a demo of so many minutes, in tens; 0 where that is too few."""
+    if minutes < SHORTEST_ANCHORED:
         return 0
+    most = int(ANCHORS_A_MINUTE * minutes)
     recipe = load_recipe("mini-long", [f"seed={seed}", *_anchored(most)])
     seconds = seconds_an_anchor(teacher_of(recipe), source_of(recipe.data, seed=seed), recipe)
-    count = min(most, int(60 * minutes * DRAWING_SHARE / seconds) // 100 * 100)
+    count = min(most, int(60 * minutes * DRAWING_SHARE / seconds) // 10 * 10)
     return count if count >= FEWEST_ANCHORS else 0
 
 
