@@ -315,8 +315,10 @@ def test_they_are_drawn_once_and_those_of_another_teacher_are_refused(recipe, tm
     with torch.no_grad():
         next(teacher.unet.parameters()).add_(1e-3)
     second.rename(first)
+    told.clear()
     with pytest.raises(DataError, match=re.escape("these anchors are of another teacher")):
         anchors_of(teacher, source, many, tmp_path, tell=told.append)
+    assert not told and not second.exists()  # nothing is drawn beside what another run drew
 
 
 @pytest.mark.usefixtures("two_threads")

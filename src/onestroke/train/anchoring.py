@@ -66,6 +66,8 @@ def anchors_of(
     paths = [folder / f"anchors-{rows[0]:07d}-{rows[-1]:07d}.safetensors" for rows in parts]
     pages = [_page(recipe, made_by, captions[rows[0] : rows[-1] + 1]) for rows in parts]
     todo = [i for i, path in enumerate(paths) if not path.exists()]
+    for i in sorted({*range(len(paths))} - {*todo}):
+        _check_page(paths[i], pages[i])  # before anything is drawn beside it
     if todo:
         home = teacher.device
         teacher.unet.to(next(teacher.vae.parameters()).device)  # a run that splits it keeps it elsewhere until then
@@ -171,8 +173,8 @@ def _drawing(
     return draw
 
 
-def _read(path: Path, page: str) -> Drawn:
-    """The tensors stay in the file until they are looked at."""
+def _check_page(path: Path, page: str) -> None:
+    """Raises DataError where another run drew the shard."""
     with safe_open(path, "pt") as file:
         if (file.metadata() or {}).get("onestroke") != page:
             raise DataError(
@@ -180,6 +182,12 @@ def _read(path: Path, page: str) -> Drawn:
                 where=str(path.parent),
                 fix="Delete this folder, or train in another one.",
             )
+
+
+def _read(path: Path, page: str) -> Drawn:
+    """The tensors stay in the file until they are looked at."""
+    _check_page(path, page)
+    with safe_open(path, "pt") as file:
         return Drawn(*(file.get_tensor(name) for name in Drawn._fields))
 
 
