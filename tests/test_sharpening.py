@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image, ImageFilter
 from pipelines import tiny_sdxl
@@ -27,6 +28,7 @@ from onestroke.families.load import load_model
 from onestroke.randomness import normal
 from onestroke.schedule import beta_settings
 from onestroke.train.checkpoint import load_newest
+from onestroke.train.folder import RECIPE, check_recipe
 from onestroke.train.method import OptimizerSettings
 from onestroke.train.trainer import Trainer, TrainSettings
 from onestroke.types import Batch, Condition
@@ -324,3 +326,13 @@ def test_what_cannot_be_is_refused():
     assert tiny_recipe("sharpen.images=0", "sharpen.ahead=true", "student.num_timesteps=1").sharpen.ahead
     with pytest.raises(RecipeError, match="sharpen.radius"):
         tiny_recipe("sharpen.radius=0")
+
+
+def test_a_sharpening_that_began_before_a_setting_existed_goes_on(tmp_path):
+    now = {"sharpening": SharpenRecipe(amount=0.8).model_dump(mode="json")} | Recipe().model_dump(mode="json")
+    older = now | {"sharpening": {k: v for k, v in now["sharpening"].items() if k != "text_gain"}}
+    (tmp_path / RECIPE).write_text(yaml.safe_dump(older))
+    check_recipe(tmp_path, yaml.safe_dump(now))
+    other = now | {"sharpening": now["sharpening"] | {"text_gain": 1.2}}
+    with pytest.raises(CheckpointError, match=r"sharpening\.text_gain: 1\.0 -> 1\.2"):
+        check_recipe(tmp_path, yaml.safe_dump(other))

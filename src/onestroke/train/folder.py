@@ -26,6 +26,7 @@ def check_recipe(out: Path, recipe_text: str) -> None:
         return
     before, now = (_leaves(yaml.safe_load(text)) for text in (path.read_text("utf-8"), recipe_text))
     defaults = _leaves(Recipe().model_dump(mode="json"))
+    defaults |= _leaves({"sharpening": SharpenRecipe().model_dump(mode="json")})  # what comes after ADD notes besides
     before = {key: defaults[key] for key in now if key in defaults} | before  # the run may be older than a key
     keys = [key for key in [*now, *(before.keys() - now.keys())] if before.get(key) != now.get(key)]
     changed = [f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys if key not in FREE]
