@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 import torch
 
@@ -82,6 +84,16 @@ def test_anchors_are_timed_as_they_are_drawn_by_every_core_and_after_a_first_tha
     recipe = load_recipe("mini-long", ["anchors.steps=4"])
     assert anchoring.seconds_an_anchor(teacher_of(recipe), source_of(recipe.data), recipe) == 0.5
     assert calls == [(2, 2, 1), (16, 16, max(1, 16 // torch.get_num_threads()))]
+
+
+def test_the_next_commands_go_on_with_the_same_run_wherever_it_is(tmp_path):
+    draw, go_on, _ = (
+        shlex.split(line, comments=True)
+        for line in demo.next_commands(tmp_path / "my run" / "student", tmp_path / "my run", minutes=20, seed=5)
+    )
+    assert go_on == ["onestroke", "demo", "--minutes", "60", "--seed", "5", "--out", str(tmp_path / "my run")]
+    assert draw[2:5] == ["a laughing person with pink hair and round glasses", "--model", f"{tmp_path}/my run/student"]
+    assert "--seed" not in demo.next_commands(tmp_path, tmp_path, minutes=1, seed=0)[1]
 
 
 def test_a_demo_that_ends_before_add_begins_has_a_report(tmp_path, monkeypatch):

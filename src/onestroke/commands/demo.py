@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from shlex import join
 
 from rich.console import Console
 
@@ -90,13 +92,21 @@ def run_demo(out: Path, *, minutes: float, seed: int, console: Console) -> Repor
     print_report(report, console)
     console.print(f"measured in {time.monotonic() - started:.0f} s")
     console.print(f"\nreport: [bold]{out / 'report.html'}[/bold]\nnext:")
-    for line in (
-        f'onestroke generate "a laughing person with pink hair and round glasses" --model {folder} --steps 4 --seed 7',
-        f"onestroke demo --minutes {max(30, int(3 * minutes))} --out {out}   # goes on from here",
-        "onestroke distill --teacher YOUR_MODEL --data YOUR_PICTURES",
-    ):
+    for line in next_commands(folder, out, minutes=minutes, seed=seed):
         console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
     return report
+
+
+def next_commands(student_folder: Path, out: Path, *, minutes: float, seed: int) -> Sequence[str]:
+    """Three lines for a shell: draw with the student, go on with this run, distil a model of one's own."""
+    longer = max(30, int(3 * minutes))
+    seeded = ["--seed", str(seed)] if seed else []
+    return (
+        'onestroke generate "a laughing person with pink hair and round glasses" '
+        + join(["--model", str(student_folder), "--steps", "4", "--seed", "7"]),
+        join(["onestroke", "demo", "--minutes", str(longer), *seeded, "--out", str(out)]) + "   # goes on from here",
+        "onestroke distill --teacher YOUR_MODEL --data YOUR_PICTURES",
+    )
 
 
 def demo_recipe(out: Path, *, minutes: float, seed: int) -> Recipe:
