@@ -1,5 +1,7 @@
 """The embedded model's parts: what a trained VAE, judge and package owe to the rest."""
 
+import errno
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from onestroke.embedded.fit import fit, stack_images
 from onestroke.embedded.held_out import JUDGE, comic_pictures, comic_prompts, judged, value_namer
 from onestroke.embedded.judge import IGNORED, NOTHING, Judge, judge_loss, labels_of, load_judge, new_judge, save_judge
 from onestroke.embedded.vocabulary import completions, unknown_words
+from onestroke.errors import NonFiniteLoss, ResourceError
 
 
 def test_normalised_latents_have_unit_channels_and_decode_to_the_same_pictures():
@@ -107,6 +110,39 @@ def test_fit_continues_to_the_same_weights(tmp_path):
     straight, broken_off = run(tmp_path / "a", 99), run(tmp_path / "b", 8, 16, 99)
     for one, two in zip(straight.parameters(), broken_off.parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("trouble", ["nan", "disk"])
+def test_a_fit_that_fails_keeps_its_last_checkpoint_and_one_with_fewer_pictures_is_over(trouble, tmp_path, monkeypatch):
+    told: list[str] = []
+
+    def run(last: int, loss_of=None):
+        model = torch.nn.Conv2d(3, 3, 1)
+
+        def loss(images, indices, generator):
+            return model(images).square().mean() * (torch.nan if loss_of and indices[0] >= 8 else 1.0)
+
+        fit(model, loss, lambda index: ComicSource(99, size=16).read(index).image, tmp_path, num_images=last,
+            batch_size=4, learning_rate=1e-2, log=told.append, checkpoint_every=1)  # fmt: skip
+
+    run(8)
+    before = (tmp_path / "training.pt").read_bytes()
+    if trouble == "nan":
+        with pytest.raises(NonFiniteLoss, match="picture 8: the loss is not finite"):
+            run(16, loss_of="nan")
+    else:
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch, pytest.raises(ResourceError, match="No space left on device"):
+            patch.setattr("onestroke.embedded.fit.os.replace", full)
+            run(16)
+    assert [path.name for path in tmp_path.iterdir()] == ["training.pt"]
+    assert (tmp_path / "training.pt").read_bytes() == before
+    told.clear()
+    run(4)
+    assert not told
 
 
 def test_the_tokenizer_keeps_the_captions_words_whole_and_falls_back_to_bytes():

@@ -15,12 +15,13 @@ from onestroke.config import pretrain_recipe
 from onestroke.data.comicset import ComicSource, write_comicset
 from onestroke.data.latents import CachedLatents
 from onestroke.data.plan import picture_at
+from onestroke.data.source import BrokenPicture
 from onestroke.distill.denoising import Denoising
 from onestroke.embedded.autoencoder import build_autoencoder
 from onestroke.embedded.emphasis import small_parts
 from onestroke.embedded.known import blank_odds
-from onestroke.embedded.pretrain import pretrain_decoder, pretrain_teacher
-from onestroke.errors import CheckpointError, ModelError
+from onestroke.embedded.pretrain import _Reader, pretrain_decoder, pretrain_teacher
+from onestroke.errors import CheckpointError, DataError, ModelError
 from onestroke.families.fingerprint import fingerprint
 from tests.consoles import onestroke, paper, text_of
 
@@ -41,6 +42,30 @@ def test_pretrain_of_the_users_pictures_leaves_a_teacher_and_goes_on(tmp_path):
     config = json.loads((tmp_path / "out" / "teacher" / "unet" / "config.json").read_text())
     assert 8 * config["sample_size"] == tiny_pretrain().size  # what plain diffusers draws where no size is asked for
     assert not (tmp_path / "out" / "judge").exists()
+
+
+def test_broken_pictures_give_way_to_the_next_whole_ones_before_they_are_counted(tmp_path):
+    class Torn:
+        whole = ComicSource(6, size=32)
+
+        def __len__(self) -> int:
+            return 6
+
+        def read(self, index: int, *, slot: int | None = None):
+            if index in broken:
+                raise BrokenPicture(f"{index}.jpg", "truncated")
+            return self.whole.read(index)
+
+    broken = {2, 5}
+    read = _Reader(Torn(), 32, seed=0)
+    shown = [read(slot) for slot in range(6)]
+    for slot, image in enumerate(shown):
+        index = picture_at(slot, 6, seed=0)
+        expected = Torn.whole.read({2: 3, 5: 0}.get(index, index)).image
+        assert np.array_equal(image, expected)
+    broken = set(range(6))
+    with pytest.raises(DataError, match=r"jpg \(truncated\): 6 pictures one after another cannot be read"):
+        read(0)
 
 
 def test_minutes_bound_the_stages_together(monkeypatch, tmp_path):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from onestroke.errors import NonFiniteLoss, ResourceError
 from onestroke.precision import autocast_dtype
 from onestroke.train.method import OptimizerSettings
 from onestroke.train.optimizers import build_optimizer
@@ -94,7 +95,7 @@ def fit(
         optimizer.load_state_dict(state["optimizer"])
         average, done = state["average"], state["done"]
     loader = DataLoader(
-        _Pictures(images_at, done, num_images - num_images % batch_size),
+        _Pictures(images_at, done, max(done, num_images - num_images % batch_size)),
         batch_size,
         num_workers=num_workers,
         collate_fn=_collate,
@@ -108,6 +109,12 @@ def fit(
         generator = torch.Generator().manual_seed(done)
         with torch.autocast(device.type, enabled=dtype is not None, dtype=dtype or torch.bfloat16):
             loss = loss_of(images.to(device), indices, generator)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise NonFiniteLoss(
+                "the loss is not finite", where=f"{out}, picture {done}",
+                fix="The last checkpoint is whole. Lower the learning rate or train in float32.",
+            )  # fmt: skip
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -115,7 +122,7 @@ def fit(
         done += len(images)
         decay = min(0.995, (1 + done / batch_size) / (10 + done / batch_size))
         torch._foreach_lerp_(average, [p.detach() for p in model.parameters()], 1 - decay)
-        running = loss.item() if step == 1 else 0.98 * running + 0.02 * loss.item()
+        running = value if step == 1 else 0.98 * running + 0.02 * value
         if step % checkpoint_every == 0:
             _save(
                 {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "done": done},
@@ -130,6 +137,15 @@ def fit(
 
 
 def _save(state: dict, path: Path) -> None:
+    """Whole or not at all. Raises ResourceError where there is no room."""
     temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    try:
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch's own writer
+        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise ResourceError(
+            f"the checkpoint could not be written ({reason})", where=str(path),
+            fix="Free disk space and run again; the last checkpoint is whole.",
+        ) from error  # fmt: skip

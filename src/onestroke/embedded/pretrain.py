@@ -16,7 +16,7 @@ from onestroke.data.comicset.dataset import ComicSource
 from onestroke.data.framing import centre_cut
 from onestroke.data.latents import CachedLatents, cache_latents, latent_batches
 from onestroke.data.plan import picture_at
-from onestroke.data.source import Source
+from onestroke.data.source import BrokenPicture, Source
 from onestroke.distill.denoising import Denoising, DenoisingSettings
 from onestroke.embedded import TEACHER, embedded_teacher
 from onestroke.embedded.architecture import build_pipeline
@@ -33,7 +33,7 @@ from onestroke.embedded.judge import (
 )
 from onestroke.embedded.known import VALUES, blank_odds, naming_hint, parts_counting, rows_at
 from onestroke.embedded.naming import TextNaming, named_labels
-from onestroke.errors import ModelError
+from onestroke.errors import DataError, ModelError
 from onestroke.export import export_folder
 from onestroke.families.fingerprint import fingerprint
 from onestroke.families.load import from_pipeline, load_pipeline
@@ -43,6 +43,7 @@ from onestroke.train.run import Observer, run_training
 from onestroke.train.trainer import Trainer, TrainSettings
 from onestroke.types import Batch
 
+MOST_BROKEN = 32  # pictures, one after another
 JUDGE_PICTURES = 50_000  # different ones, shown again and again
 TEXT_BATCH = 32
 TEXT_SETTINGS = ("text_captions", "learning_rate", "start", "seed")
@@ -373,8 +374,19 @@ class _Reader:
     seed: int
 
     def __call__(self, slot: int):
-        image = self.source.read(picture_at(slot, len(self.source), seed=self.seed), slot=slot).image
-        return centre_cut(image, (self.size, self.size))
+        """In place of a broken picture the next whole one; `cache_latents` counts and reports them."""
+        first, count = picture_at(slot, len(self.source), seed=self.seed), len(self.source)
+        for index in range(first, first + min(count, MOST_BROKEN)):
+            try:
+                image = self.source.read(index % count, slot=slot).image
+            except BrokenPicture as error:
+                broken = error
+            else:
+                return centre_cut(image, (self.size, self.size))
+        raise DataError(
+            f"{min(count, MOST_BROKEN)} pictures one after another cannot be read", where=str(broken),
+            fix="Look at the data with `onestroke data inspect`.",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
