@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import subprocess
 import sys
@@ -28,6 +29,32 @@ def test_a_machine_without_room_is_one_line_that_says_what_to_change(fill, monke
     errors = capsys.readouterr().err
     assert exited.value.code == 1 and errors.count("\n") == 1
     assert errors.startswith("onestroke: the device has no room. Lower train.micro_batch_size")
+
+
+@pytest.mark.parametrize(
+    ("number", "fix"),
+    [(errno.ENOSPC, "Free disk space"), (errno.EACCES, "Check its permissions"), (errno.EEXIST, "A file")],
+)
+def test_a_folder_that_cannot_be_written_to_is_one_line_with_its_name(number, fix, monkeypatch, capsys):
+    def write(**how):
+        raise OSError(number, os.strerror(number), "runs/metrics.jsonl")
+
+    monkeypatch.setattr(cli, "app", write)
+    with pytest.raises(SystemExit) as exited:
+        cli.main()
+    errors = capsys.readouterr().err
+    assert exited.value.code == 1 and errors.count("\n") == 1
+    assert errors.startswith(f"onestroke: runs/metrics.jsonl: {os.strerror(number)}. {fix}")
+
+
+def test_no_memory_for_another_process_is_no_room(monkeypatch, capsys):
+    def fork(**how):
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(cli, "app", fork)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err.startswith("onestroke: the device has no room.")
 
 
 def test_the_command_exits_with_one_line_and_status_1(tmp_path):

@@ -124,3 +124,10 @@ def test_a_teacher_that_goes_on_knows_its_words_already():
     assert pretrain_recipe().text_captions == 40_000
     assert pretrain_recipe(["start=embedded-teacher"]).text_captions == 0
     assert pretrain_recipe(["start=embedded-teacher", "text_captions=64"]).text_captions == 64
+
+
+def test_a_recipe_in_another_encoding_is_one_line(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes("name: ä".encode("latin-1"))
+    with pytest.raises(RecipeError, match=r"recipe\.yaml: this is not UTF-8\. Save it as UTF-8"):
+        load_recipe(path)

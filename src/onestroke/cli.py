@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -23,7 +24,18 @@ app.add_typer(bench, name="bench")
 data_app = typer.Typer(help="Look at a set of pictures.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 console = Console()
-NO_MEMORY = ("out of memory", "can't allocate memory")  # what a GPU's and a CPU's allocator say
+NO_MEMORY = (  # what a GPU's allocator, its matrix products, a CPU's allocator and a fork say
+    "out of memory", "cublas_status_alloc_failed", "can't allocate memory", "cannot allocate memory",
+)  # fmt: skip
+FOLDER_TROUBLE = {  # what a folder that is written to may say
+    errno.ENOSPC: "Free disk space and run again; what was saved is whole",
+    errno.EDQUOT: "Free disk space and run again; what was saved is whole",
+    errno.EACCES: "Check its permissions or choose another folder",
+    errno.EPERM: "Check its permissions or choose another folder",
+    errno.EROFS: "Choose a folder that can be written to",
+    errno.EEXIST: "A file has that name: choose another folder",
+    errno.ENOTDIR: "A file has that name: choose another folder",
+}
 GATE_FAILED = 3  # exit status: measured, and not good enough; 1 is an error
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where the result goes.")]
@@ -445,6 +457,10 @@ def main() -> None:
                 "student.gradient_checkpointing=true.",
                 file=sys.stderr,
             )
+            sys.exit(1)
+        if isinstance(error, OSError) and error.errno in FOLDER_TROUBLE:
+            where = f"{error.filename}: " if error.filename else ""
+            print(f"onestroke: {where}{error.strerror}. {FOLDER_TROUBLE[error.errno]}.", file=sys.stderr)
             sys.exit(1)
         raise
 

@@ -326,7 +326,10 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     path = Path(source)
     packaged = files("onestroke.recipes").joinpath(f"{source}.yaml")
     if path.is_file():
-        text = path.read_text("utf-8")
+        try:
+            text = path.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise RecipeError("this is not UTF-8", where=str(source), fix="Save it as UTF-8.") from error
     elif packaged.is_file():
         text = packaged.read_text("utf-8")
     else:
