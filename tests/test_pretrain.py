@@ -68,6 +68,16 @@ def test_broken_pictures_give_way_to_the_next_whole_ones_before_they_are_counted
         read(0)
 
 
+def test_pretrain_goes_past_a_broken_picture_and_says_so(tmp_path):
+    write_comicset(tmp_path / "pictures", count=12, size=32, layout="imagefolder")
+    next((tmp_path / "pictures").glob("*.png")).write_bytes(b"torn")
+    console = paper()
+    recipe = tiny_pretrain("vae_images=64")
+    pretrain.run_pretrain(str(tmp_path / "pictures"), recipe, None, tmp_path / "out", console=console)
+    assert "1 of 12 pictures cannot be read and are left out" in text_of(console)
+    assert (tmp_path / "out" / "teacher" / "model_index.json").exists()
+
+
 def test_minutes_bound_the_stages_together(monkeypatch, tmp_path):
     calls = []
 

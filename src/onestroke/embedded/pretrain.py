@@ -196,7 +196,7 @@ def pretrain_latents(
         return latents.float().cpu() * vae.config.scaling_factor
 
     size = (recipe.size, recipe.size)
-    return cache_latents(
+    cached = cache_latents(
         out / "latents",
         source,
         encode,
@@ -206,6 +206,9 @@ def pretrain_latents(
         num_workers=machine.num_workers,
         log=lambda done: log(f"{done}/{count} pictures encoded"),
     )
+    if broken := count - len(cached):
+        log(f"{broken} of {count} pictures cannot be read and are left out; `onestroke data inspect` names some")
+    return cached
 
 
 def pretrain_text(
@@ -374,7 +377,7 @@ class _Reader:
     seed: int
 
     def __call__(self, slot: int):
-        """In place of a broken picture the next whole one; `cache_latents` counts and reports them."""
+        """In place of a broken picture the next whole one; `pretrain_latents` reports how many there are."""
         first, count = picture_at(slot, len(self.source), seed=self.seed), len(self.source)
         for index in range(first, first + min(count, MOST_BROKEN)):
             try:
