@@ -78,6 +78,16 @@ def test_pretrain_goes_past_a_broken_picture_and_says_so(tmp_path):
     assert (tmp_path / "out" / "teacher" / "model_index.json").exists()
 
 
+def test_pictures_that_are_all_broken_are_one_line(tmp_path):
+    write_comicset(tmp_path / "pictures", count=4, size=32, layout="imagefolder")
+    for path in (tmp_path / "pictures").glob("*.png"):
+        path.write_bytes(b"torn")
+    with pytest.raises(DataError, match=r"^\d+\.png \(not a picture\): 4 pictures one after another cannot be read\."):
+        pretrain.run_pretrain(
+            str(tmp_path / "pictures"), tiny_pretrain("vae_images=64"), None, tmp_path / "out", console=paper()
+        )
+
+
 def test_minutes_bound_the_stages_together(monkeypatch, tmp_path):
     calls = []
 

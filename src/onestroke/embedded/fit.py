@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from onestroke.errors import NonFiniteLoss, ResourceError
+from onestroke.errors import NonFiniteLoss, OnestrokeError, ResourceError
 from onestroke.precision import autocast_dtype
 from onestroke.train.method import OptimizerSettings
 from onestroke.train.optimizers import build_optimizer
@@ -47,10 +47,17 @@ class _Pictures(Dataset):
         return self.last - self.first
 
     def __getitem__(self, position: int):
-        return self.first + position, self.images_at(self.first + position)
+        """The index and the picture, or why there is none: raised in a worker, that would come with its traceback."""
+        try:
+            return self.first + position, self.images_at(self.first + position)
+        except OnestrokeError as error:
+            return self.first + position, error
 
 
 def _collate(rows):
+    for index, picture in rows:
+        if isinstance(picture, OnestrokeError):
+            return index, picture
     return torch.tensor([index for index, _ in rows]), stack_images(picture for _, picture in rows)
 
 
@@ -104,6 +111,8 @@ def fit(
     model.train()
     started, since, running = time.monotonic(), done, 0.0
     for step, (indices, images) in enumerate(loader, start=1):
+        if isinstance(images, OnestrokeError):
+            raise images
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(done / num_images, learning_rate)
         generator = torch.Generator().manual_seed(done)
