@@ -112,24 +112,27 @@ def test_fit_continues_to_the_same_weights(tmp_path):
         assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize("trouble", ["nan", "disk"])
+@pytest.mark.parametrize("trouble", ["loss", "gradient", "disk"])
 def test_a_fit_that_fails_keeps_its_last_checkpoint_and_one_with_fewer_pictures_is_over(trouble, tmp_path, monkeypatch):
     told: list[str] = []
 
-    def run(last: int, loss_of=None):
+    def run(last: int, broken: str = ""):
         model = torch.nn.Conv2d(3, 3, 1)
 
         def loss(images, indices, generator):
-            return model(images).square().mean() * (torch.nan if loss_of and indices[0] >= 8 else 1.0)
+            value, is_late = model(images).square().mean(), indices[0] >= 8
+            if broken == "gradient" and is_late:
+                return (value * 0).sqrt()
+            return value * (torch.nan if broken == "loss" and is_late else 1.0)
 
         fit(model, loss, lambda index: ComicSource(99, size=16).read(index).image, tmp_path, num_images=last,
             batch_size=4, learning_rate=1e-2, log=told.append, checkpoint_every=1)  # fmt: skip
 
     run(8)
     before = (tmp_path / "training.pt").read_bytes()
-    if trouble == "nan":
-        with pytest.raises(NonFiniteLoss, match="picture 8: the loss is not finite"):
-            run(16, loss_of="nan")
+    if trouble != "disk":
+        with pytest.raises(NonFiniteLoss, match=f"picture 8: the {trouble} is not finite"):
+            run(16, broken=trouble)
     else:
 
         def full(*_):

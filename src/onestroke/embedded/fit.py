@@ -118,14 +118,14 @@ def fit(
         generator = torch.Generator().manual_seed(done)
         with torch.autocast(device.type, enabled=dtype is not None, dtype=dtype or torch.bfloat16):
             loss = loss_of(images.to(device), indices, generator)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         value = loss.item()
-        if not math.isfinite(value):
+        if not math.isfinite(value) or not math.isfinite(norm):
             raise NonFiniteLoss(
-                "the loss is not finite", where=f"{out}, picture {done}",
+                f"the {'gradient' if math.isfinite(value) else 'loss'} is not finite", where=f"{out}, picture {done}",
                 fix="The last checkpoint is whole. Lower the learning rate or train in float32.",
             )  # fmt: skip
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         done += len(images)
